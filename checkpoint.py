@@ -1,0 +1,1015 @@
+"""From what is on disk to a Transformer, and back.
+
+What it is: the only file that knows foreign configs, foreign tensor names and file formats. A checkpoint is told by
+its content, never by its name; every tensor must have a place and every parameter a tensor; anything else is a
+CheckpointError of one sentence. What it is not: nothing here knows tokens, quantized arithmetic or generation.
+
+Reading order: `load_checkpoint` (the story), `open_source` (file formats), `FAMILIES` and `args_from` (config.json to
+ModelArgs), `NAMES` and `plan` (tensor names to parameters), `save_checkpoint` (our own files), `resolve` (the hub).
+Then generate.py, which runs what is loaded here.
+
+Letters as in model.py: D model width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
+"""
+import json
+import math
+import os
+import re
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import ModelArgs, RopeArgs, Transformer
+
+FORMAT_VERSION = 1                      # of our own files; a reader refuses a newer one
+FORMAT_KEY = "self_describing_checkpoint"
+
+
+class CheckpointError(ValueError):
+    """One sentence for the user: what was found, where, and the way out."""
+
+
+@dataclass
+class Stored:
+    """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for several GPUs);
+    what a read returns is mapped from the file where the format allows."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Callable[[], Tensor]]
+    dim: int = 0
+
+
+@dataclass
+class Source:
+    """An opened checkpoint: what it says of itself and its tensors by their own names. `own`: one of our files, with
+    ModelArgs in `args`; otherwise `config` is read, under Hugging Face's names."""
+    path: Path
+    config: dict
+    tensors: dict[str, Stored]
+    generation_config: dict = field(default_factory=dict)
+    own: bool = False
+    args: dict = field(default_factory=dict)
+    quantization: dict | None = None    # per layer, our own files only
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------
+
+def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                    trust_architecture: bool = False,
+                    progress: Callable[[int, int], None] | None = None) -> Transformer:
+    """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype` (None: as
+    stored). The weights are read once, straight into their final place: host memory peaks at the weights plus one
+    tensor. progress(bytes done, bytes in all) is called after each parameter. Raises CheckpointError.
+    """
+    source = open_source(resolve(path))
+    model, steps = prepare(source, trust_architecture)
+    dtype = dtype or common_dtype(source)
+    device = torch.device(device)
+    check_memory(weight_bytes(model, dtype), device)
+    done, total = 0, weight_bytes(model, dtype)
+    for name, empty in model.state_dict().items():
+        weight = torch.empty(empty.shape, dtype=final_dtype(empty, dtype), device=device)
+        for part in steps[name]:
+            copy_part(weight, source.tensors[part.source], part)
+        module, _, leaf = name.rpartition(".")
+        put(model.get_submodule(module), leaf, weight)
+        done += weight.nbytes
+        if progress:
+            progress(done, total)
+    model.ropes.to(device)
+    return model.eval()
+
+
+def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list["Part"]]]:
+    """The model on the meta device and where each of its tensors comes from, checked: nothing is read yet."""
+    args = source_args(source, trust_architecture)
+    with torch.device("meta"):
+        model = Transformer(args)
+    if source.quantization:             # the place where quantized layers take the place of nn.Linear
+        raise CheckpointError(f"'{source.path}' is quantized, which this version cannot load")
+    steps = plan(model, source.tensors, source.config.get("model_type"), own=source.own)
+    check_shapes(model, source, steps)
+    return model, steps
+
+
+def put(module: nn.Module, leaf: str, weight: Tensor):
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    else:
+        module._buffers[leaf] = weight
+
+
+def copy_part(weight: Tensor, stored: Stored, part: "Part"):
+    """Copy one source tensor into its rows of `weight`, casting on the way.
+
+    Files with interleaved rope turn the pairs (2j, 2j+1) of a head; ours turns (j, j + E/2), so rows are reordered.
+    """
+    target, at = weight[part.start:part.stop], 0
+    for read in stored.pieces:
+        piece = read()
+        if stored.dim == 0:
+            piece = piece[part.first:][:target.shape[0] - at]
+        size = piece.shape[stored.dim]
+        place = target.narrow(stored.dim, at, size)
+        if part.head_dim:
+            half = part.head_dim // 2
+            place.unflatten(0, (-1, 2, half)).copy_(piece.unflatten(0, (-1, half, 2)).transpose(1, 2))
+        else:
+            place.copy_(piece)
+        at += size
+
+
+def final_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a model's parameters and stored buffers, as they are or as they would be in `dtype`."""
+    return sum(t.numel() * (final_dtype(t, dtype) if dtype else t.dtype).itemsize for t in model.state_dict().values())
+
+
+def check_memory(needed: int, device: torch.device):
+    """Fail before the machine starts to swap, with both numbers. Where the free memory cannot be told, go on."""
+    free = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024 if found else None
+    if free is not None and needed > free:
+        raise CheckpointError(f"the weights need {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: "
+                              "choose a smaller dtype, a quantized checkpoint or another device")
+
+
+def common_dtype(source: Source) -> torch.dtype:
+    """The floating dtype in which most of the bytes are stored."""
+    count = Counter()
+    for stored in source.tensors.values():
+        if stored.dtype.is_floating_point:
+            count[stored.dtype] += math.prod(stored.shape) * stored.dtype.itemsize
+    return count.most_common(1)[0][0] if count else torch.float32
+
+
+def read_args(path: str | Path, trust_architecture: bool = False) -> tuple[ModelArgs, dict]:
+    """What the model will be, and the config it was read from; no weights are read."""
+    source = open_source(resolve(path))
+    return prepare(source, trust_architecture)[0].args, source.config
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype most weight bytes are stored in."""
+    return common_dtype(open_source(resolve(path)))
+
+
+def read_generation_config(path: str | Path) -> dict:
+    """The contents of generation_config.json, or what our own file kept of it; {} where there is none."""
+    return open_source(resolve(path)).generation_config
+
+
+def end_ids(path: str | Path) -> set[int]:
+    """Every id that ends a text, according to generation_config.json and config.json together: they often differ."""
+    source = open_source(resolve(path))
+    found = set()
+    for config in (source.generation_config, source.config, source.config.get("text_config") or {}):
+        ids = config.get("eos_token_id")
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return found
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+def open_source(path: Path) -> Source:
+    """Find out what `path`, a file or a folder, holds, and list its tensors without reading them."""
+    return open_folder(path) if path.is_dir() else open_file(path)
+
+
+def open_folder(folder: Path) -> Source:
+    names = {f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")}
+    consolidated = sorted(n for n in names if re.fullmatch(r"consolidated(\.\d+)?\.(pth|safetensors)", n))
+    if "config.json" in names and (shards := hf_shards(folder, names)):
+        tensors = {}
+        for shard in shards:
+            tensors |= read_tensors(folder / shard)
+        return hf_source(folder, read_json(folder / "config.json"), tensors)
+    if "params.json" in names and consolidated:
+        tensors = join_slices([read_tensors(folder / n) for n in consolidated])
+        return hf_source(folder, native_config(folder / "params.json", tensors), tensors)
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"'{folder}' holds only a LoRA adapter: merge it into its base model first")
+    weights = sorted(n for n in names if n.endswith((".safetensors", ".pth", ".pt", ".bin", ".gguf"))
+                     and not n.startswith(("tok", "training_args", "optimizer", "adapter")))
+    if len(weights) == 1:
+        return open_file(folder / weights[0])
+    if weights:
+        raise CheckpointError(f"'{folder}' holds several weight files ({', '.join(weights)}): name the one to load")
+    if "config.json" in names or "params.json" in names:
+        raise CheckpointError(f"'{folder}' holds no weights: neither *.safetensors nor pytorch_model*.bin")
+    raise CheckpointError(f"'{folder}' holds no checkpoint: no config.json and no weights")
+
+
+def hf_shards(folder: Path, names: set[str]) -> list[str]:
+    """The weight files of a Hugging Face folder, safetensors before pickles; [] if there are none."""
+    for single, index in (("model.safetensors", "model.safetensors.index.json"),
+                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if single in names:
+            return [single]
+        if index in names:
+            weight_map = read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"'{folder / index}' has no 'weight_map'")
+            shards = sorted(set(weight_map.values()))
+            missing = [s for s in shards if not (folder / s).is_file()]
+            if missing:
+                raise CheckpointError(f"'{folder}' lacks {', '.join(missing)}, named in {index}: download it again")
+            return shards
+    return []
+
+
+def hf_source(path: Path, config: dict, tensors: dict[str, Stored]) -> Source:
+    folder = path if path.is_dir() else path.parent
+    generation = folder / "generation_config.json"
+    return Source(path, config, tensors, read_json(generation) if generation.is_file() else {})
+
+
+def open_file(path: Path) -> Source:
+    with open(path, "rb") as file:
+        head = file.read(256)
+    kind = file_kind(path, head)
+    if kind == "llama2.c":
+        config, tensors = read_llama2c(path, head)
+        return Source(path, config, tensors)
+    tensors, extra = read_safetensors(path) if kind == "safetensors" else read_pickle(path, kind)
+    if FORMAT_KEY in extra:
+        return own_source(path, extra[FORMAT_KEY], tensors)
+    if "model_args" in extra:                                   # a training checkpoint of llama2.c: tinyllamas
+        return Source(path, native_args(extra["model_args"], tensors, path), tensors)
+    return hf_source(path, config_beside(path, tensors), tensors)
+
+
+def file_kind(path: Path, head: bytes) -> str:
+    """safetensors, zip, pickle or llama2.c, by the first bytes."""
+    size = path.stat().st_size
+    if head[:4] == b"PK\3\4":
+        return "zip"
+    if head[:4] == b"GGUF":
+        raise CheckpointError(f"'{path}' is a GGUF file, which is not supported: use the model's safetensors")
+    if head[:2] == b"\x80\x02":
+        return "pickle"
+    if head[:4] == b"24ka" or size == legacy_size(head):
+        return "llama2.c"
+    if head[8:9] == b"{":
+        return "safetensors"
+    raise CheckpointError(f"'{path}' ({size:,} bytes) is no checkpoint this program knows, or is damaged")
+
+
+def config_beside(path: Path, tensors: dict[str, Stored]) -> dict:
+    """The config of a file that has none inside: config.json or params.json in the same folder."""
+    if (path.parent / "config.json").is_file():
+        return read_json(path.parent / "config.json")
+    if (path.parent / "params.json").is_file():
+        return native_config(path.parent / "params.json", tensors)
+    raise CheckpointError(f"'{path}' does not say how many heads its model has: put its config.json or params.json "
+                          "beside it")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{path}' is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{path}' is not a JSON object")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    with open(path, "rb") as file:
+        kind = file_kind(path, file.read(256))
+    return read_safetensors(path)[0] if kind == "safetensors" else read_pickle(path, kind)[0]
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                      "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+                      "U32": torch.uint32, "U16": torch.uint16, "U64": torch.uint64}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict]:
+    """The tensors, mapped when read, and what our own files say of themselves."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is truncated or damaged ({error}): download it again") from None
+    tensors = {}
+    for name in file.keys():
+        view = file.get_slice(name)
+        dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+        if dtype is None:
+            raise CheckpointError(f"'{path}' stores '{name}' as {view.get_dtype()}, which is not supported")
+        tensors[name] = Stored(tuple(view.get_shape()), dtype, [lambda name=name: file.get_tensor(name)])
+    metadata = file.metadata() or {}
+    return tensors, {FORMAT_KEY: json.loads(metadata[FORMAT_KEY])} if FORMAT_KEY in metadata else {}
+
+
+def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
+    """The state dict of a torch file, mapped if it is a zip, and what stands beside it. Nothing in it may run."""
+    import pickle
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if kind == "zip" else None)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"'{path}' is refused, because it is damaged or wants to run code ({reason}): use "
+                              "safetensors") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"'{path}' is truncated or damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{path}' holds a {type(found).__name__}, not the weights of a model")
+    state = next((found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)), found)
+    state = {str(name): t for name, t in state.items() if isinstance(t, Tensor)}
+    if not state:
+        raise CheckpointError(f"'{path}' holds no tensors")
+    extra = {k: v for k, v in found.items() if k in (FORMAT_KEY, "model_args")}
+    return {name: mapped(t) for name, t in drop_tied_head(state).items()}, extra
+
+
+def drop_tied_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pickles store a tied pair as two names for one storage."""
+    tables = {name.split(".")[-2]: t for name, t in state.items() if name.endswith(("embed_tokens.weight", "lm_head.weight",
+              "tok_embeddings.weight", "output.weight")) and "layers" not in name}
+    for table, head in (("embed_tokens", "lm_head"), ("tok_embeddings", "output")):
+        if table in tables and head in tables and tables[table].data_ptr() == tables[head].data_ptr():
+            return {name: t for name, t in state.items() if name.split(".")[-2:] != [head, "weight"]}
+    return state
+
+
+def mapped(tensor: Tensor) -> Stored:
+    return Stored(tuple(tensor.shape), tensor.dtype, [lambda: tensor])
+
+
+def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
+    """Meta's consolidated.NN.pth are tensor-parallel slices: undo the cut, by name."""
+    tensors = dict(slices[0])
+    if len(slices) == 1:
+        return tensors
+    width = math.prod(slices[0]["norm.weight"].shape)
+    for name, first in slices[0].items():
+        if len(first.shape) != 2:
+            continue                                                        # norms and frequencies are repeated
+        if any(name not in s for s in slices):
+            raise CheckpointError(f"tensor '{name}' is missing from some of the consolidated files")
+        by_columns = name.endswith(("wo.weight", "w2.weight"))
+        if name == "tok_embeddings.weight":                                 # Llama 2 cut its columns, Llama 3 its rows
+            by_columns = first.shape[1] != width
+        dim = int(by_columns)
+        shape = list(first.shape)
+        shape[dim] = sum(s[name].shape[dim] for s in slices)
+        tensors[name] = Stored(tuple(shape), first.dtype, [read for s in slices for read in s[name].pieces], dim)
+    return tensors
+
+
+# ---- llama2.c and params.json ------------------------------------------------------------------------------------
+
+def native_config(path: Path, tensors: dict[str, Stored]) -> dict:
+    """Meta's and Mistral's params.json."""
+    params = read_json(path)
+    foreign = [k for k in ("moe", "vision_encoder", "q_lora_rank", "quantization", "yarn", "llama_4_scaling", "lora")
+               if params.get(k)]
+    if foreign:
+        raise CheckpointError(f"unsupported model: '{path}' asks for '{foreign[0]}'")
+    return native_args(params, tensors, path)
+
+
+def native_args(params: dict, tensors: dict[str, Stored], path: Path) -> dict:
+    """dim, n_layers, n_heads, ... under Hugging Face's names. What is left out is read off the tensors."""
+    try:
+        table = next(t for n, t in tensors.items() if n.endswith("tok_embeddings.weight"))
+        gate = next(t for n, t in tensors.items() if n.endswith("feed_forward.w2.weight"))
+    except StopIteration:
+        raise CheckpointError(f"'{path}' has no tok_embeddings.weight or no feed_forward.w2.weight beside it") from None
+    missing = [k for k in ("dim", "n_layers", "n_heads") if k not in params]
+    if missing:
+        raise CheckpointError(f"'{path}' lacks '{missing[0]}'")
+    theta = params.get("rope_theta") or 10000.0
+    config = {"model_type": "llama", "hidden_size": params["dim"], "num_hidden_layers": params["n_layers"],
+              "num_attention_heads": params["n_heads"], "num_key_value_heads": params.get("n_kv_heads"),
+              "head_dim": params.get("head_dim"), "intermediate_size": gate.shape[1], "vocab_size": table.shape[0],
+              "rms_norm_eps": params.get("norm_eps") or 1e-5, "rope_theta": theta,
+              "max_position_embeddings": params.get("max_seq_len") or NATIVE_LENGTHS.get(theta, 4096)}
+    if params.get("sliding_window"):
+        config |= {"model_type": "mistral", "sliding_window": params["sliding_window"]}
+    if params.get("use_scaled_rope"):   # the factor is not stored: 8 in Meta's code, 32 in the small models' configs
+        config["max_position_embeddings"] = 131072
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if params["dim"] <= 3072 else 8.0,
+                                  "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                  "original_max_position_embeddings": 8192}
+    return config
+
+
+NATIVE_LENGTHS = {500000.0: 8192, 1000000.0: 16384}     # params.json has no length: Llama 3, CodeLlama; else Llama 2
+
+
+def legacy_size(head: bytes) -> int:
+    """What a headerless llama2.c file must weigh if these are its first bytes; -1 if they cannot be."""
+    if len(head) < 28:
+        return -1
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", head[:28])
+    if not (0 < dim < 2**17 and hidden > 0 and 0 < layers < 2**10 and heads > 0 and kv_heads > 0 and vocab
+            and length > 0 and dim % heads == 0 and heads % kv_heads == 0):
+        return -1
+    head_dim = dim // heads
+    per_layer = 2 * dim + 2 * dim * dim + 2 * dim * kv_heads * head_dim + 3 * dim * hidden
+    untied = vocab < 0
+    return 28 + 4 * ((1 + untied) * abs(vocab) * dim + layers * per_layer + dim + length * head_dim)
+
+
+def read_llama2c(path: Path, head: bytes) -> tuple[dict, dict[str, Stored]]:
+    """run.c's files: the headerless one, version 1 (float32) and version 2 (Q8_0), as config and tensors."""
+    version = struct.unpack("i", head[4:8])[0] if head[:4] == b"24ka" else 0
+    if version not in (0, 1, 2):
+        raise CheckpointError(f"'{path}' is a llama2.c file of version {version}; known are 0, 1 and 2")
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("7i", head, 8 if version else 0)
+    tied = head[36] != 0 if version else vocab > 0
+    group = struct.unpack_from("i", head, 37)[0] if version == 2 else 0
+    params = {"dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "max_seq_len": length}
+    kv = kv_heads * (dim // heads)
+    norms = [(f"layers.{{}}.{n}.weight", (dim,)) for n in ("attention_norm", "ffn_norm")]
+    table, head_ = ("tok_embeddings.weight", (abs(vocab), dim)), ("output.weight", (abs(vocab), dim))
+    wq, wk, wv, wo = ((f"layers.{{}}.attention.{n}.weight", s) for n, s in
+                      (("wq", (dim, dim)), ("wk", (kv, dim)), ("wv", (kv, dim)), ("wo", (dim, dim))))
+    w1, w2, w3 = ((f"layers.{{}}.feed_forward.{n}.weight", s) for n, s in
+                  (("w1", (hidden, dim)), ("w2", (dim, hidden)), ("w3", (hidden, dim))))
+    final = ("norm.weight", (dim,))
+    if version == 0:
+        order = [table, norms[0], wq, wk, wv, wo, norms[1], w1, w2, w3, final,
+                 ("freqs_cos", (length, dim // heads // 2)), ("freqs_sin", (length, dim // heads // 2))]
+    else:
+        order = [*norms, final, table, wq, wk, wv, wo, w1, w2, w3]
+    order += [] if tied else [head_]
+    tensors = llama2c_tensors(path, order, layers, 256 if version else 28, group)
+    return native_args(params, tensors, path), tensors
+
+
+def llama2c_tensors(path: Path, order: list, layers: int, at: int, group: int) -> dict[str, Stored]:
+    """Walk the file: each kind for all layers in turn. With a group size, matrices are int8 with a scale per group."""
+    raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    tensors = {}
+    for name, shape in order:
+        for layer in range(layers if "{}" in name else 1):
+            n = math.prod(shape)
+            quantized = bool(group) and len(shape) == 2
+            size = n + 4 * (n // group) if quantized else 4 * n
+            data = raw[at:at + size]
+            at += size
+            if data.numel() != size:
+                raise CheckpointError(f"'{path}' is truncated: it ends within '{name.format(layer)}'")
+            read = (lambda d=data, n=n, s=shape: q8_0(d, n, group).view(s)) if quantized else \
+                   (lambda d=data, s=shape: d.view(torch.float32).view(s))
+            tensors[name.format(layer)] = Stored(shape, torch.float32, [read])
+    if at != raw.numel():
+        raise CheckpointError(f"'{path}' has {raw.numel() - at} bytes more than its header says")
+    return tensors
+
+
+def q8_0(data: Tensor, n: int, group: int) -> Tensor:
+    scales = data[n:].clone().view(torch.float32)               # a clone, since it need not be aligned
+    return (data[:n].view(torch.int8).view(-1, group) * scales[:, None]).view(-1)
+
+
+# ---- config.json -> ModelArgs --------------------------------------------------------------------------------------
+
+@dataclass
+class Family:
+    """What a model_type implies beyond its config.json and its tensors. `defaults`: keys its config may leave out."""
+    defaults: dict = field(default_factory=dict)
+    slides: Callable[[int, dict], bool] = lambda i, c: False    # layers with a window, if `layer_types` is absent
+    norm_style: str = "llama"
+    sqrt_embedding: bool = False
+    plain_local_rope: bool = False                              # layers with a window do without rope scaling
+    rope_needs_window: bool = False                             # with a window in the model, other layers have no rope
+    keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
+    sparse: bool = False                                        # mixture of experts
+
+
+def every(i, c):
+    return True
+
+
+def late(i, c):
+    return i >= (c.get("max_window_layers") or 28)
+
+
+def even(i, c):
+    return i % 2 == 0
+
+
+def patterned(i, c):
+    """A period, whose last layer is full, or a string such as LLLG."""
+    p = c["sliding_window_pattern"]
+    return p[i % len(p)] == "L" if isinstance(p, str) else bool((i + 1) % p) if p else False
+
+
+QWEN = {"sliding_window": 4096, "use_sliding_window": False}
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256}
+GRANITE = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
+OLMO = {"rms_norm_eps": 1e-5}
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family({"sliding_window": 4096}, every),
+    "ministral": Family({"sliding_window": 4096}, every),
+    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every, sparse=True),
+    "qwen2": Family(QWEN, late),
+    "qwen3": Family(QWEN | {"head_dim": 128}, late),
+    "gemma": Family(GEMMA, norm_style="gemma", sqrt_embedding=True),
+    "gemma2": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+                              "final_logit_softcapping": 30.0}, even, "gemma", True, keys=CAPS),
+    "gemma3_text": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
+                                   "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+                          patterned, "gemma", True, plain_local_rope=True, keys=CAPS),
+    "phi3": Family({"rms_norm_eps": 1e-5}, every),
+    "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False},
+                      keys=("no_rope_layers",)),
+    "olmo2": Family(OLMO, norm_style="float32"),
+    "olmo3": Family(OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
+                    "float32", plain_local_rope=True),
+    "granite": Family(keys=GRANITE),
+    "seed_oss": Family({"head_dim": 128}),
+    "internlm3": Family(),
+    "exaone4": Family({"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
+                      rope_needs_window=True),
+}
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "max_position_embeddings": 2048}
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}     # multimodal: the text part's model_type, if unsaid
+VISION = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# Keys that change the mathematics, and that a family without them would ignore silently
+GUARDED = (*GRANITE, *CAPS, "no_rope_layers", "clip_qkv", "use_bidirectional_attention")
+
+
+def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
+    """ModelArgs of an opened checkpoint; raises CheckpointError for what this Transformer is not."""
+    if source.own:
+        return own_args(source)
+    args, config, tensors = args_from(source.config, source.tensors, trust_architecture)
+    if FAMILIES.get(config["model_type"], Family()).sparse:
+        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{config['model_type']}') "
+                              "cannot be loaded yet")
+    source.tensors = tensors
+    return args
+
+
+def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = False) -> tuple[ModelArgs, dict, dict]:
+    """config.json and tensors (or bare names, with None) -> ModelArgs, the text part's config and its tensors."""
+    refuse_quantized(config)
+    config, tensors = text_part(config, tensors)
+    family = find_family(config, tensors, trust)
+    c = DEFAULTS | family.defaults | config
+    check_guarded(c, family)
+    try:
+        c |= {k: v for k, v in sizes(c, tensors).items() if c.get(k) is None}
+        layers = c["num_hidden_layers"]
+        ropes, layer_ropes, windows = layer_kinds(c, family, layers)
+        return ModelArgs(
+            vocab_size=c["vocab_size"], dim=c["hidden_size"], n_layers=layers, n_heads=c["num_attention_heads"],
+            n_kv_heads=c.get("num_key_value_heads") or 0, head_dim=c.get("head_dim") or 0,
+            ffn_dim=c["intermediate_size"], max_position=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"],
+            norm_style=family.norm_style, activation=activation(c, family), ropes=ropes, layer_ropes=layer_ropes,
+            layer_windows=windows, **switches(tensors, c), **scalars(c, family)), config, tensors
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error}") from None
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from None
+
+
+def refuse_quantized(config: dict):
+    for c in (config, config.get("text_config") or {}):
+        found = c.get("quantization_config") or c.get("quantization")
+        if found:
+            method = found.get("quant_method") or ("MLX" if "quantization" in c else "unnamed")
+            raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the repository "
+                                  "with the bfloat16 weights")
+
+
+def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
+    """Of a multimodal model the language model: its config, and its tensors without the vision tower's. Such configs
+    leave out whatever equals the class default, so that sizes come from the tensors."""
+    if config.get("model_type") not in WRAPPERS:
+        return config, tensors
+    if not isinstance(config.get("text_config"), dict):
+        raise CheckpointError("config.json lacks 'text_config'")
+    tensors = {name: t for name, t in tensors.items() if not VISION.match(name)}
+    text = {"model_type": WRAPPERS[config["model_type"]]} | config["text_config"]
+    return {k: v for k, v in measured(text, tensors).items() if k not in text} | text, tensors
+
+
+def measured(config: dict, tensors: dict[str, Stored | None]) -> dict:
+    """The sizes that can be seen in the tensors, given the head width."""
+    shapes = {where[0]: t.shape for name, t in tensors.items() if t and (where := place(name, tensors))}
+    parts = {where: t.shape[0] for name, t in tensors.items() if t and (where := place(name, tensors))}
+    family = FAMILIES.get(config.get("model_type"), Family())
+    found = {}
+    if "tok_embeddings.weight" in shapes:
+        found["vocab_size"], found["hidden_size"] = shapes["tok_embeddings.weight"]
+    if "layers.0.feed_forward.w2.weight" in shapes:
+        found["intermediate_size"] = shapes["layers.0.feed_forward.w2.weight"][1]
+    found["num_hidden_layers"] = 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("layers.")), default=-1)
+    norm = math.prod(shapes.get("layers.0.attention.q_norm.weight", (0,)))
+    q = parts.get(("layers.0.attention.wqkv.weight", "q"), 0)
+    head_dim = config.get("head_dim") or (norm if norm != q else 0) or family.defaults.get("head_dim")
+    if head_dim and q:
+        found |= {"head_dim": head_dim, "num_attention_heads": q // head_dim,
+                  "num_key_value_heads": parts.get(("layers.0.attention.wqkv.weight", "k"), 0) // head_dim}
+    return found
+
+
+def sizes(config: dict, tensors: dict[str, Stored | None]) -> dict:
+    """Head width and key heads where config.json has null or nothing: from the tensors, else the usual rule."""
+    head_dim = config.get("head_dim") or measured(config, tensors).get("head_dim") \
+        or config["hidden_size"] // config["num_attention_heads"]
+    kv_heads = measured(config | {"head_dim": head_dim}, tensors).get("num_key_value_heads")
+    return {"head_dim": head_dim, "num_key_value_heads": kv_heads or config["num_attention_heads"]}
+
+
+def find_family(config: dict, tensors: dict, trust: bool) -> Family:
+    """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
+    mathematics (interleaved rope, for one) can hide behind the same names."""
+    kind = config.get("model_type")
+    if kind is None:
+        raise CheckpointError("config.json lacks 'model_type'")
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    for name in tensors:
+        check_place(name, tensors, kind)
+    if not trust:
+        raise CheckpointError(f"unsupported model: model_type '{kind}' is unknown; its tensors are named like Llama's, "
+                              "so --trust_architecture would load it as one, at your own risk")
+    return Family()
+
+
+def check_guarded(config: dict, family: Family):
+    for key in GUARDED:
+        value = config.get(key)
+        if key not in family.keys and (value is True or value not in (None, False, 1, [])):
+            raise CheckpointError(f"unsupported model: {key} = {value} in config.json (model_type "
+                                  f"'{config['model_type']}')")
+
+
+def activation(config: dict, family: Family) -> str:
+    name = config.get("hidden_activation") or config["hidden_act"]
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"unsupported model: hidden_act '{name}'; known are {', '.join(ACTIVATIONS)}")
+    return "gelu_tanh" if family.sqrt_embedding and name == "gelu" else ACTIVATIONS[name]   # early Gemma configs
+
+
+def scalars(c: dict, family: Family) -> dict:
+    query = c.get("query_pre_attn_scalar")
+    return {"attention_scale": c.get("attention_multiplier") or (query ** -0.5 if query else 0.0),
+            "attention_softcap": c.get("attn_logit_softcapping") or 0.0,
+            "output_softcap": c.get("final_logit_softcapping") or 0.0,
+            "embedding_scale": c["hidden_size"] ** 0.5 if family.sqrt_embedding else c.get("embedding_multiplier") or 1.0,
+            "residual_scale": c.get("residual_multiplier") or 1.0,
+            "output_scale": 1.0 / (c.get("logits_scaling") or 1.0)}
+
+
+def switches(tensors: dict[str, Stored | None], config: dict) -> dict:
+    """What the tensors themselves say: biases, norms, tied head."""
+    there = {where[0].split(".", 2)[-1] if where[0].startswith("layers.") else where[0]: t
+             for name, t in tensors.items() if (where := place(name, tensors))}
+    qk_norm = ""
+    if "attention.q_norm.weight" in there:
+        stored = there["attention.q_norm.weight"]
+        width = math.prod(stored.shape) if stored else config["head_dim"]
+        qk_norm = "head" if width == config["head_dim"] else "full"
+    norms = {norm: f"{norm}.weight" in there
+             for norm in ("attention_norm", "ffn_norm", "post_attention_norm", "post_ffn_norm")}
+    if not (norms["attention_norm"] or norms["post_attention_norm"]) or not (norms["ffn_norm"] or norms["post_ffn_norm"]):
+        raise CheckpointError(f"unsupported model: half of a block has no norm (model_type '{config['model_type']}')")
+    return norms | {"qk_norm": qk_norm, "tied": not {"tok_embeddings.weight", "output.weight"} <= set(there),
+                    "qkv_bias": "attention.wqkv.bias" in there, "o_bias": "attention.wo.bias" in there,
+                    "ffn_bias": "feed_forward.w2.bias" in there, "output_bias": "output.bias" in there}
+
+
+def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], list[int], list[int]]:
+    """ropes, and per layer the rope and the window. Two ropes where layers with a window have their own."""
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    types = c.get("layer_types") or ["sliding_attention" if window and family.slides(i, c) else "full_attention"
+                                     for i in range(layers)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise CheckpointError(f"unsupported model: layer_types has '{sorted(unknown)[0]}'")
+    local = [t == "sliding_attention" for t in types]
+    if any(local) and not c.get("sliding_window"):
+        raise CheckpointError("config.json has layers with a sliding window, but no 'sliding_window'")
+    full, sliding = rope_settings(c, family)
+    ropes = [rope_args(full, c)] + ([rope_args(sliding, c)] if sliding else [])
+    layer_ropes = [int(slides and bool(sliding)) for slides in local]
+    if "no_rope_layer_interval" in family.defaults:                     # SmolLM3; in the list, 1 means: has rope
+        has = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in range(layers)]
+        layer_ropes = [0 if h else -1 for h in has]
+    if family.rope_needs_window and c.get("sliding_window"):
+        layer_ropes = [0 if slides else -1 for slides in local]
+    return ropes, layer_ropes, [c["sliding_window"] if slides else 0 for slides in local]
+
+
+def rope_settings(c: dict, family: Family) -> tuple[dict, dict | None]:
+    """The rope of full layers and, if it differs, of those with a window, out of either dialect: rope_theta and
+    rope_scaling, or rope_parameters, which may be nested by layer type."""
+    found = c.get("rope_parameters") or {}
+    nested = {k: v for k, v in found.items() if isinstance(v, dict)}
+    theta = {"rope_theta": c["rope_theta"]}
+    full = theta | (nested.get("full_attention") or {} if nested else found) | (c.get("rope_scaling") or {})
+    if not family.plain_local_rope:
+        return full, None
+    local = {"rope_theta": c.get("rope_local_base_freq") or full["rope_theta"]}
+    return full, local | (nested.get("sliding_attention") or {})
+
+
+ROPE_KEYS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+             "longrope": ("short_factor", "long_factor")}
+
+
+def rope_args(settings: dict, c: dict) -> RopeArgs:
+    """One rope; `settings` is a rope_parameters dict with its rope_theta."""
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "su" or kind == "yarn" and c["model_type"] == "phi3":
+        kind = "longrope"
+    if kind not in ROPE_KEYS:
+        raise CheckpointError(f"unsupported model: rope kind '{kind}'; known are {', '.join(ROPE_KEYS)}")
+    partial = settings.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    scaling = {k: v for k, v in settings.items() if v is not None
+               and k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
+    if kind != "default" and c.get("original_max_position_embeddings"):     # at the top it wins
+        scaling["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    missing = [k for k in ROPE_KEYS[kind] if k not in scaling]
+    if missing:
+        raise CheckpointError(f"config.json lacks '{missing[0]}' for its rope of kind '{kind}'")
+    dim = int(c["head_dim"] * partial)
+    for key in ("short_factor", "long_factor"):
+        if kind == "longrope" and len(scaling[key]) != dim // 2:
+            raise CheckpointError(f"config.json has {len(scaling[key])} numbers in {key}; {dim // 2} are needed")
+    return RopeArgs(theta=settings["rope_theta"], kind=kind, dim=dim, scaling=scaling if kind != "default" else {})
+
+
+# ---- tensor names --------------------------------------------------------------------------------------------------
+
+NAMES = {   # within a layer: foreign module -> our module and its part, "" for the whole
+    "self_attn.q_proj": ("attention.wqkv", "q"),
+    "self_attn.k_proj": ("attention.wqkv", "k"),
+    "self_attn.v_proj": ("attention.wqkv", "v"),
+    "self_attn.qkv_proj": ("attention.wqkv", ""),
+    "self_attn.o_proj": ("attention.wo", ""),
+    "self_attn.q_norm": ("attention.q_norm", ""),
+    "self_attn.k_norm": ("attention.k_norm", ""),
+    "mlp.gate_proj": ("feed_forward.w13", "gate"),
+    "mlp.up_proj": ("feed_forward.w13", "up"),
+    "mlp.gate_up_proj": ("feed_forward.w13", ""),
+    "mlp.down_proj": ("feed_forward.w2", ""),
+    "input_layernorm": ("attention_norm", ""),
+    "post_attention_layernorm": ("ffn_norm", ""),               # unless there is a post_feedforward_layernorm
+    "pre_feedforward_layernorm": ("ffn_norm", ""),
+    "post_feedforward_layernorm": ("post_ffn_norm", ""),
+}
+NATIVE_NAMES = {    # Meta, Mistral, llama2.c, gpt-fast; all with interleaved rope
+    "attention.wq": ("attention.wqkv", "q"),
+    "attention.wk": ("attention.wqkv", "k"),
+    "attention.wv": ("attention.wqkv", "v"),
+    "attention.wqkv": ("attention.wqkv", ""),
+    "attention.wo": ("attention.wo", ""),
+    "feed_forward.w1": ("feed_forward.w13", "gate"),
+    "feed_forward.w3": ("feed_forward.w13", "up"),
+    "feed_forward.w2": ("feed_forward.w2", ""),
+    "attention_norm": ("attention_norm", ""),
+    "ffn_norm": ("ffn_norm", ""),
+}
+OUTER = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
+NATIVE_OUTER = {"tok_embeddings": "tok_embeddings", "norm": "norm", "output": "output"}
+PREFIX = re.compile(r"^(_orig_mod\.|module\.|model\.|language_model\.)*")
+LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin|cis)$|\.attn\.masked_bias$")
+
+
+@dataclass
+class Part:
+    """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its rows are
+    in interleaved order, head by head; 0: they are as ours."""
+    source: str
+    start: int
+    stop: int
+    first: int = 0
+    head_dim: int = 0
+
+
+def place(name: str, names) -> tuple[str, str] | None:
+    """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no place."""
+    if LEFTOVERS.search(name):
+        return None
+    inner = PREFIX.sub("", name)
+    module, _, leaf = inner.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        raise KeyError(name)
+    if not module.startswith("layers."):
+        return f"{(OUTER | NATIVE_OUTER)[module]}.{leaf}", ""
+    _, layer, module = module.split(".", 2)
+    ours, part = (NAMES | NATIVE_NAMES)[module]
+    if module == "post_attention_layernorm" and \
+            name.replace("post_attention_layernorm", "post_feedforward_layernorm") in names:
+        ours = "post_attention_norm"
+    return f"layers.{layer}.{ours}.{leaf}", part
+
+
+def check_place(name: str, names, model_type: str | None) -> tuple[str, str] | None:
+    try:
+        return place(name, names)
+    except (KeyError, ValueError):
+        raise CheckpointError(f"unsupported model: tensor '{name}' (model_type '{model_type}') has no place in this "
+                              "Transformer") from None
+
+
+def plan(model: Transformer, names, model_type: str | None = None, own: bool = False) -> dict[str, list[Part]]:
+    """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a name
+    without a place, or a parameter without all its rows, raises CheckpointError."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    steps = {name: [] for name in shapes}
+    rows = part_rows(model.args)
+    tied_to = "tok_embeddings.weight" if model.args.tied else "output.weight"
+    for name in names:
+        where = (name, "") if own else check_place(name, names, model_type)
+        if where is None:
+            continue
+        parameter, part = where
+        parameter = tied_to if parameter == "output.weight" else parameter
+        if parameter not in shapes:
+            raise CheckpointError(f"unsupported model: tensor '{name}' (model_type '{model_type}') has no place in this "
+                                  "Transformer")
+        interleaved = not own and ".attention.w" in name and parameter.split(".")[-2] == "wqkv"
+        steps[parameter] += parts_of(name, rows.get(part) or (0, shapes[parameter][0]), part, interleaved, model.args)
+    for parameter, parts in steps.items():
+        check_cover(parameter, parts, shapes[parameter][0], rows, names)
+    return steps
+
+
+def part_rows(args: ModelArgs) -> dict[str, tuple[int, int]]:
+    q, kv, f = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}
+
+
+def parts_of(name: str, span: tuple[int, int], part: str, interleaved: bool, args: ModelArgs) -> list[Part]:
+    if not interleaved:
+        return [Part(name, *span)]
+    if part:
+        return [Part(name, *span, head_dim=args.head_dim if part in "qk" else 0)]
+    rows = part_rows(args)                                      # fused: q and k are reordered, v is not
+    return [Part(name, *rows[p], first=rows[p][0], head_dim=args.head_dim if p in "qk" else 0) for p in "qkv"]
+
+
+def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names):
+    """Every row once."""
+    at = 0
+    for part in sorted(parts, key=lambda p: p.start):
+        if part.start < at:
+            raise CheckpointError(f"two tensors fill the same rows of '{parameter}': '{part.source}' is one too many")
+        if part.start > at:
+            break
+        at = part.stop
+    if at != size:
+        lacking = next((p for p, span in rows.items() if parts and span[0] == at
+                        and (p in "qkv") == ("wqkv" in parameter)), "")
+        raise CheckpointError(f"the checkpoint lacks tensor '{foreign_name(parameter, lacking, names)}'")
+
+
+def foreign_name(parameter: str, part: str, names) -> str:
+    """Our parameter under the name it would have among `names`."""
+    native = any(".attention.w" in n for n in names)
+    module, _, leaf = parameter.rpartition(".")
+    outer = {ours: n for n, ours in (NATIVE_OUTER if native else OUTER).items()}
+    if not module.startswith("layers."):
+        return f"{outer.get(module, module)}.{leaf}" if native or module == "output" else f"model.{outer.get(module)}.{leaf}"
+    _, layer, module = module.split(".", 2)
+    part = part or {"attention.wqkv": "q", "feed_forward.w13": "gate"}.get(module, "")
+    inner = {ours: n for n, ours in (NATIVE_NAMES if native else NAMES).items()}
+    return f"{'' if native else 'model.'}layers.{layer}.{inner.get((module, part), module)}.{leaf}"
+
+
+def check_shapes(model: Transformer, source: Source, steps: dict[str, list[Part]]):
+    """Each stored tensor is as large as its place."""
+    for parameter, empty in model.state_dict().items():
+        by_source = Counter()
+        for part in steps[parameter]:
+            by_source[part.source] += part.stop - part.start
+        for name, rows in by_source.items():
+            stored, wanted = source.tensors[name], (rows, *empty.shape[1:])
+            if stored.shape != wanted:
+                raise CheckpointError(f"tensor '{name}' has shape {list(stored.shape)} where {list(wanted)} is needed")
+            if stored.dtype.is_floating_point != empty.is_floating_point():
+                raise CheckpointError(f"tensor '{name}' is stored as {stored.dtype}: quantized weights of an unknown "
+                                      "kind")
+
+
+# ---- our own files -------------------------------------------------------------------------------------------------
+
+def save_checkpoint(model: Transformer, path: str | Path, metadata: dict | None = None):
+    """Write `model` with all that is needed to load it, as safetensors or, if `path` ends in .pth, as a torch file.
+
+    metadata may hold generation_config, source_config, source (a word on the origin) and quantization (per layer).
+    The file is written beside its target and renamed: an interruption leaves the old file, or none.
+    """
+    path = Path(path)
+    writers = {".safetensors": write_safetensors, ".pth": write_pth}
+    if path.suffix not in writers:
+        raise CheckpointError(f"cannot save to '{path}': the name must end in .safetensors or .pth")
+    about = json.loads(json.dumps({"version": FORMAT_VERSION, "config": model.args.to_dict(), "quantization": None, "generation_config": {},
+             "source_config": {}, "source": "", "versions": {"torch": torch.__version__}} | (metadata or {})))   # plain types only
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        writers[path.suffix](model.state_dict(), about, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_safetensors(state: dict[str, Tensor], about: dict, path: Path):
+    """Header, then tensor by tensor: the library's own writer takes a second copy of everything."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, at = {"__metadata__": {"format": "pt", FORMAT_KEY: json.dumps(about)}}, 0
+    for name, t in sorted(state.items(), key=lambda item: -item[1].dtype.itemsize):     # wide first: all are aligned
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in list(header)[1:]:
+            file.write(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def write_pth(state: dict[str, Tensor], about: dict, path: Path):
+    torch.save({FORMAT_KEY: about, "state_dict": {name: t.detach().cpu() for name, t in state.items()}}, path)
+
+
+def own_source(path: Path, about: dict, tensors: dict[str, Stored]) -> Source:
+    version = about.get("version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"'{path}' is of format version {version}; this program reads version {FORMAT_VERSION}")
+    return Source(path, about.get("source_config") or {}, tensors, about.get("generation_config") or {}, own=True,
+                  args=about.get("config") or {}, quantization=about.get("quantization"))
+
+
+def own_args(source: Source) -> ModelArgs:
+    try:
+        return ModelArgs(**source.args)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"'{source.path}' has a config this version cannot read: {error}") from None
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+def resolve(path: str | Path) -> Path:
+    """An existing file or folder as it is; a hub id, org/name, downloaded to the cache."""
+    if Path(path).exists():
+        return Path(path)
+    text = str(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith(".") or Path(text).parent.exists():
+        raise CheckpointError(f"there is no file or folder '{text}'")
+    return download(text)
+
+
+def download(repo: str, *, folder: str | Path | None = None, token: str | None = None) -> Path:
+    """What is needed of a hub repository, in the cache or in `folder`."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+    try:
+        try:
+            files = wanted_files([f.rfilename for f in hub.HfApi().model_info(repo, token=token).siblings or []])
+        except errors.OfflineModeIsEnabled:
+            files = None
+        return Path(hub.snapshot_download(repo, allow_patterns=files, local_dir=folder, token=token))
+    except errors.GatedRepoError:
+        raise CheckpointError(f"'{repo}' is gated: accept its licence on huggingface.co and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(f"there is no file or folder '{repo}', and no such repository on huggingface.co (a "
+                              "private one needs HF_TOKEN)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise CheckpointError(f"there is no file or folder '{repo}', and it is not in the download cache while "
+                              "HF_HUB_OFFLINE is set") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise CheckpointError(f"'{repo}' cannot be downloaded: {str(error).splitlines()[0]}") from None
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """Of a repository's files those to download: one set of weights, safetensors before pickles, and the texts."""
+    top = [n for n in names if "/" not in n]
+    hf = [n for n in top if n.endswith(".safetensors") and not n.startswith("consolidated")]
+    bins = [n for n in top if re.fullmatch(r"pytorch_model.*\.bin", n)]
+    native = [n for n in top if n.startswith("consolidated")]
+    texts = [n for n in top if n.endswith((".json", ".jinja", ".tiktoken")) or n.startswith(("tokenizer.model", "merges"))]
+    return texts + (hf or bins or native or [n for n in top if n.endswith((".pth", ".pt", ".bin"))])
