@@ -421,8 +421,9 @@ def longrope(plain, rope, max_position, length):
     amplitude = s.get("attention_factor")
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    per_pair = s["long_factor"] if length > original else s["short_factor"]
-    return plain / torch.tensor(per_pair, dtype=torch.float32, device="cpu"), amplitude
+    per_pair = torch.tensor(s["long_factor" if length > original else "short_factor"], dtype=torch.float32, device="cpu")
+    pair = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
+    return 1.0 / (per_pair * rope.theta ** pair), amplitude     # plain / per_pair is an ulp off: 2e-3 at 100,000
 
 
 ROPE_KINDS = {"default": default_rope, "linear": linear_rope, "dynamic": dynamic_rope, "llama3": llama3_rope,
