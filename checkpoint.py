@@ -501,7 +501,7 @@ def every(i, c):
 
 
 def late(i, c):
-    return i >= (c.get("max_window_layers") or 28)
+    return i >= c["max_window_layers"]
 
 
 def even(i, c):
@@ -514,7 +514,16 @@ def patterned(i, c):
     return p[i % len(p)] == "L" if isinstance(p, str) else bool((i + 1) % p) if p else False
 
 
-QWEN = {"sliding_window": 4096, "use_sliding_window": False}
+def has_rope(i, c):
+    """SmolLM3's list, in which 1 means that the layer rotates, or its interval."""
+    return c["no_rope_layers"][i] if c.get("no_rope_layers") else (i + 1) % c["no_rope_layer_interval"]
+
+
+def without_rope(i, c):
+    return not has_rope(i, c)
+
+
+QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256}
 GRANITE = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
@@ -534,7 +543,7 @@ FAMILIES = {
                                    "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
                           patterned, "gemma", True, plain_local_rope=True, keys=CAPS),
     "phi3": Family({"rms_norm_eps": 1e-5}, every),
-    "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False},
+    "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False}, without_rope,
                       keys=("no_rope_layers",)),
     "olmo2": Family(OLMO, norm_style="float32"),
     "olmo3": Family(OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
@@ -712,9 +721,8 @@ def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], l
     full, sliding = rope_settings(c, family)
     ropes = [rope_args(full, c)] + ([rope_args(sliding, c)] if sliding else [])
     layer_ropes = [int(slides and bool(sliding)) for slides in local]
-    if "no_rope_layer_interval" in family.defaults:                     # SmolLM3; in the list, 1 means: has rope
-        has = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in range(layers)]
-        layer_ropes = [0 if h else -1 for h in has]
+    if "no_rope_layer_interval" in family.defaults:
+        layer_ropes = [0 if has_rope(i, c) else -1 for i in range(layers)]
     if family.rope_needs_window and c.get("sliding_window"):
         layer_ropes = [0 if slides else -1 for slides in local]
     return ropes, layer_ropes, [c["sliding_window"] if slides else 0 for slides in local]
