@@ -23,6 +23,7 @@ from typing import Callable
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import ModelArgs, RopeArgs, Transformer
 
@@ -88,13 +89,21 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dty
 def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list["Part"]]]:
     """The model on the meta device and where each of its tensors comes from, checked: nothing is read yet."""
     args = source_args(source, trust_architecture)
-    with torch.device("meta"):
+    with torch.device("meta"), NoRandomStart():
         model = Transformer(args)
     if source.quantization:             # the place where quantized layers take the place of nn.Linear
         raise CheckpointError(f"'{source.path}' is quantized, which this version cannot load")
     steps = plan(model, source.tensors, source.config.get("model_type"), own=source.own)
     check_shapes(model, source, steps)
     return model, steps
+
+
+class NoRandomStart(TorchFunctionMode):
+    """An embedding's random start is of no use here, and on the meta device it imports torch.compile's machinery: a
+    second and 65 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def put(module: nn.Module, leaf: str, weight: Tensor):
@@ -227,7 +236,11 @@ def hf_shards(folder: Path, names: set[str]) -> list[str]:
             if missing:
                 raise CheckpointError(f"'{folder}' lacks {', '.join(missing)}, named in {index}: download it again")
             return shards
-    return []
+    shards = sorted(n for n in names if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", n))
+    shards = [n for n in shards if n.endswith(shards[-1][-4:])]             # safetensors, if there are both
+    if shards and len(shards) != (count := int(re.findall(r"\d+", shards[0])[1])):
+        raise CheckpointError(f"'{folder}' holds {len(shards)} of {count} weight files: download it again")
+    return shards
 
 
 def hf_source(path: Path, config: dict, tensors: dict[str, Stored]) -> Source:
@@ -314,7 +327,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict]:
             raise CheckpointError(f"'{path}' stores '{name}' as {view.get_dtype()}, which is not supported")
         tensors[name] = Stored(tuple(view.get_shape()), dtype, [lambda name=name: file.get_tensor(name)])
     metadata = file.metadata() or {}
-    return tensors, {FORMAT_KEY: json.loads(metadata[FORMAT_KEY])} if FORMAT_KEY in metadata else {}
+    try:
+        return tensors, {FORMAT_KEY: json.loads(metadata[FORMAT_KEY])} if FORMAT_KEY in metadata else {}
+    except json.JSONDecodeError:
+        raise CheckpointError(f"'{path}' has a damaged description of itself: convert it again") from None
 
 
 def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
@@ -493,7 +509,6 @@ class Family:
     plain_local_rope: bool = False                              # layers with a window do without rope scaling
     rope_needs_window: bool = False                             # with a window in the model, other layers have no rope
     keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
-    sparse: bool = False                                        # mixture of experts
 
 
 def every(i, c):
@@ -533,7 +548,7 @@ FAMILIES = {
     "llama": Family(),
     "mistral": Family({"sliding_window": 4096}, every),
     "ministral": Family({"sliding_window": 4096}, every),
-    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every, sparse=True),
+    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every),
     "qwen2": Family(QWEN, late),
     "qwen3": Family(QWEN | {"head_dim": 128}, late),
     "gemma": Family(GEMMA, norm_style="gemma", sqrt_embedding=True),
@@ -566,19 +581,21 @@ def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
     """ModelArgs of an opened checkpoint; raises CheckpointError for what this Transformer is not."""
     if source.own:
         return own_args(source)
-    args, config, tensors = args_from(source.config, source.tensors, trust_architecture)
-    if FAMILIES.get(config["model_type"], Family()).sparse:
-        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{config['model_type']}') "
-                              "cannot be loaded yet")
-    source.tensors = tensors
+    text = source.config.get("text_config") or source.config
+    if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{text.get('model_type')}') cannot "
+                              "be loaded yet")
+    args, source.tensors = args_from(source.config, source.tensors, trust_architecture)
     return args
 
 
-def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = False) -> tuple[ModelArgs, dict, dict]:
-    """config.json and tensors (or bare names, with None) -> ModelArgs, the text part's config and its tensors."""
+def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = False) -> tuple[ModelArgs, dict]:
+    """config.json and tensors (or bare names, with None) -> ModelArgs, and the text part's tensors."""
     refuse_quantized(config)
     config, tensors = text_part(config, tensors)
-    family = find_family(config, tensors, trust)
+    for name in tensors:
+        check_place(name, tensors, config.get("model_type"))
+    family = find_family(config, trust)
     c = DEFAULTS | family.defaults | config
     check_guarded(c, family)
     try:
@@ -590,7 +607,7 @@ def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = Fal
             n_kv_heads=c.get("num_key_value_heads") or 0, head_dim=c.get("head_dim") or 0,
             ffn_dim=c["intermediate_size"], max_position=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"],
             norm_style=family.norm_style, activation=activation(c, family), ropes=ropes, layer_ropes=layer_ropes,
-            layer_windows=windows, **switches(tensors, c), **scalars(c, family)), config, tensors
+            layer_windows=windows, **switches(tensors, c), **scalars(c, family)), tensors
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}") from None
     except CheckpointError:
@@ -617,6 +634,7 @@ def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
         raise CheckpointError("config.json lacks 'text_config'")
     tensors = {name: t for name, t in tensors.items() if not VISION.match(name)}
     text = {"model_type": WRAPPERS[config["model_type"]]} | config["text_config"]
+    text |= {k: config[k] for k in ("tie_word_embeddings",) if k in config}
     return {k: v for k, v in measured(text, tensors).items() if k not in text} | text, tensors
 
 
@@ -627,9 +645,9 @@ def measured(config: dict, tensors: dict[str, Stored | None]) -> dict:
     family = FAMILIES.get(config.get("model_type"), Family())
     found = {}
     if "tok_embeddings.weight" in shapes:
-        found["vocab_size"], found["hidden_size"] = shapes["tok_embeddings.weight"]
+        found["vocab_size"], found["hidden_size"] = shapes["tok_embeddings.weight"][0], shapes["tok_embeddings.weight"][-1]
     if "layers.0.feed_forward.w2.weight" in shapes:
-        found["intermediate_size"] = shapes["layers.0.feed_forward.w2.weight"][1]
+        found["intermediate_size"] = shapes["layers.0.feed_forward.w2.weight"][-1]
     found["num_hidden_layers"] = 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("layers.")), default=-1)
     norm = math.prod(shapes.get("layers.0.attention.q_norm.weight", (0,)))
     q = parts.get(("layers.0.attention.wqkv.weight", "q"), 0)
@@ -648,7 +666,7 @@ def sizes(config: dict, tensors: dict[str, Stored | None]) -> dict:
     return {"head_dim": head_dim, "num_key_value_heads": kv_heads or config["num_attention_heads"]}
 
 
-def find_family(config: dict, tensors: dict, trust: bool) -> Family:
+def find_family(config: dict, trust: bool) -> Family:
     """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
     mathematics (interleaved rope, for one) can hide behind the same names."""
     kind = config.get("model_type")
@@ -656,8 +674,6 @@ def find_family(config: dict, tensors: dict, trust: bool) -> Family:
         raise CheckpointError("config.json lacks 'model_type'")
     if kind in FAMILIES:
         return FAMILIES[kind]
-    for name in tensors:
-        check_place(name, tensors, kind)
     if not trust:
         raise CheckpointError(f"unsupported model: model_type '{kind}' is unknown; its tensors are named like Llama's, "
                               "so --trust_architecture would load it as one, at your own risk")
@@ -702,7 +718,8 @@ def switches(tensors: dict[str, Stored | None], config: dict) -> dict:
              for norm in ("attention_norm", "ffn_norm", "post_attention_norm", "post_ffn_norm")}
     if not (norms["attention_norm"] or norms["post_attention_norm"]) or not (norms["ffn_norm"] or norms["post_ffn_norm"]):
         raise CheckpointError(f"unsupported model: half of a block has no norm (model_type '{config['model_type']}')")
-    return norms | {"qk_norm": qk_norm, "tied": not {"tok_embeddings.weight", "output.weight"} <= set(there),
+    both = {"tok_embeddings.weight", "output.weight"} <= set(there)      # then the stored head counts, whatever is said
+    return norms | {"qk_norm": qk_norm, "tied": not both and config.get("tie_word_embeddings") is not False,
                     "qkv_bias": "attention.wqkv.bias" in there, "o_bias": "attention.wo.bias" in there,
                     "ffn_bias": "feed_forward.w2.bias" in there, "output_bias": "output.bias" in there}
 
@@ -917,7 +934,7 @@ def check_shapes(model: Transformer, source: Source, steps: dict[str, list[Part]
             stored, wanted = source.tensors[name], (rows, *empty.shape[1:])
             if stored.shape != wanted:
                 raise CheckpointError(f"tensor '{name}' has shape {list(stored.shape)} where {list(wanted)} is needed")
-            if stored.dtype.is_floating_point != empty.is_floating_point():
+            if empty.is_floating_point() and (not stored.dtype.is_floating_point or stored.dtype.itemsize < 2):
                 raise CheckpointError(f"tensor '{name}' is stored as {stored.dtype}: quantized weights of an unknown "
                                       "kind")
 
@@ -991,33 +1008,34 @@ def resolve(path: str | Path) -> Path:
     return download(text)
 
 
+HUB_TEXTS = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model*", "merges.txt"]
+HUB_WEIGHTS = [["*.safetensors"], ["pytorch_model*.bin"], ["consolidated*", "*.pth", "*.pt", "*.bin"]]  # the first found
+
+
 def download(repo: str, *, folder: str | Path | None = None, token: str | None = None) -> Path:
-    """What is needed of a hub repository, in the cache or in `folder`."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-    try:
+    """What is needed of a hub repository, in the cache or in `folder`: the texts and one set of weights. HF_HOME,
+    HF_TOKEN and HF_HUB_OFFLINE count; without a connection the cache serves."""
+    from huggingface_hub import snapshot_download
+    for weights in HUB_WEIGHTS:
+        ignored = ["*/*"] + ["consolidated*"] * (weights is not HUB_WEIGHTS[-1])    # Llama's original/, Mistral's twin
         try:
-            files = wanted_files([f.rfilename for f in hub.HfApi().model_info(repo, token=token).siblings or []])
-        except errors.OfflineModeIsEnabled:
-            files = None
-        return Path(hub.snapshot_download(repo, allow_patterns=files, local_dir=folder, token=token))
-    except errors.GatedRepoError:
-        raise CheckpointError(f"'{repo}' is gated: accept its licence on huggingface.co and set HF_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(f"there is no file or folder '{repo}', and no such repository on huggingface.co (a "
-                              "private one needs HF_TOKEN)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise CheckpointError(f"there is no file or folder '{repo}', and it is not in the download cache while "
-                              "HF_HUB_OFFLINE is set") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise CheckpointError(f"'{repo}' cannot be downloaded: {str(error).splitlines()[0]}") from None
+            found = Path(snapshot_download(repo, allow_patterns=HUB_TEXTS + weights, ignore_patterns=ignored,
+                                           local_dir=folder, token=token))
+        except Exception as error:      # what the transport raises depends on the library's version
+            raise CheckpointError(f"'{repo}' {hub_reason(error)}") from None
+        if any(any(found.glob(pattern)) for pattern in weights):
+            break
+    return found
 
 
-def wanted_files(names: list[str]) -> list[str]:
-    """Of a repository's files those to download: one set of weights, safetensors before pickles, and the texts."""
-    top = [n for n in names if "/" not in n]
-    hf = [n for n in top if n.endswith(".safetensors") and not n.startswith("consolidated")]
-    bins = [n for n in top if re.fullmatch(r"pytorch_model.*\.bin", n)]
-    native = [n for n in top if n.startswith("consolidated")]
-    texts = [n for n in top if n.endswith((".json", ".jinja", ".tiktoken")) or n.startswith(("tokenizer.model", "merges"))]
-    return texts + (hf or bins or native or [n for n in top if n.endswith((".pth", ".pt", ".bin"))])
+def hub_reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "huggingface.co cannot be reached"
+    reasons = (     # in this order: the first is a kind of the second
+        (errors.GatedRepoError, "is gated: accept its licence on huggingface.co and set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "is no file or folder here and no repository on huggingface.co (a private one "
+                                         "needs HF_TOKEN)"),
+        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
+         f"is no file or folder here, it is not in the download cache, and {why}"))
+    known = [text for kinds, text in reasons if isinstance(error, kinds)]
+    return known[0] if known else f"cannot be downloaded: {(str(error) or type(error).__name__).splitlines()[0]}"
