@@ -249,6 +249,7 @@ class KVCache(nn.Module):
         where = (row, head, input_pos.view(B, 1, T))                                 # broadcast to [B, K, T]
         self.k[where] = k
         self.v[where] = v
+        torch._check(slots <= self.k.shape[2], lambda: f"{slots} slots attended, {self.k.shape[2]} allocated")
         return self.k[:B, :, :slots], self.v[:B, :, :slots]                          # [B, K, S, E]
 
 

@@ -1,0 +1,358 @@
+"""The command line of generate.py: flags, prompts, chat, figures. `python generate.py --help` lists the flags.
+
+What it is not: how text is generated; that is generate.py, which this file only calls. stdout carries the generated
+text, or with --json one object, and nothing else; notes and figures go to stderr. Exit codes: 2 for a wrong argument,
+1 for a run that failed, 130 for Ctrl-C; an error is one sentence.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from generate import (BUCKET, BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, bytes_per_token,
+                      compile_steps, decode_n_tokens, generate_rows, load_model, peak_memory, probe_bandwidth, rows_for,
+                      run_prefill)
+from model import Transformer
+from tokenizer import Tokenizer
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Generate text. It goes to stdout; figures and notes go to stderr.")
+    add = p.add_argument
+    add("--checkpoint_path", default=str(BUNDLED), help="a folder, a file or a hub id; default: the bundled model")
+    add("--prompt", nargs="+", action="extend", default=[],
+        help="text, or an integer for a synthetic prompt of that many tokens; several make one batch of different rows")
+    add("--prompt_file", help="read one prompt from this file, - for stdin")
+    add("--chat", action="store_true", help="use the model's chat template: answer --prompt, or without it converse")
+    add("--system", help="the system message of a chat")
+    add("--template_arg", action="append", default=[], metavar="KEY=VALUE", help="variable for the chat template")
+    add("--interactive", action="store_true", help="read prompts line by line, each a text of its own")
+    add("--num_samples", type=positive, default=1, help="run the prompts this many times, with other seeds")
+    add("--batch_size", type=positive, default=1, help="rows per prompt, each drawn on its own")
+    add("--max_new_tokens", type=not_negative, help="default: 256, or what fits; in a chat 1024")
+    add("--max_seq_length", type=positive, help="tokens a row may hold, prompt included; default: the model's own limit")
+    add("--temperature", type=float, help="0: the most likely token. Sampling defaults: the model's, else 0.8")
+    add("--top_k", type=int, help="draw from the k most likely tokens; 0: off; default: the model's, else 200")
+    add("--top_p", type=float, help="draw from the most likely tokens that make up this mass; 1: off")
+    add("--min_p", type=float, help="drop tokens less likely than this times the most likely; 0: off")
+    add("--repetition_penalty", type=float, help="1: off")
+    add("--seed", type=not_negative, help="same seed, same text; default: another one each run")
+    add("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+    add("--ignore_eos", action="store_true", help="generate max_new_tokens whatever comes")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, xpu; default: the accelerator if there is one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--compile", action="store_true", help="compile the one-token step (some seconds to a minute, once)")
+    add("--compile_prefill", action="store_true", help="compile the prompt's step too")
+    add("--profile", metavar="FILE", help="write a trace of the last sample for chrome://tracing")
+    add("--json", action="store_true", help="print one JSON object with texts and figures instead of the text")
+    add("--quiet", action="store_true", help="nothing on stderr but errors")
+    add("--trust_architecture", action="store_true", help="load a model_type this program does not know")
+    return p
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------
+
+def say(o: argparse.Namespace, text: str):
+    if not o.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list:
+    """The prompts of the command line as text, chat messages as ids, integers as that many synthetic ids."""
+    prompts = list(o.prompt)
+    if o.prompt_file:
+        try:
+            data = sys.stdin.buffer.read() if o.prompt_file == "-" else Path(o.prompt_file).read_bytes()
+            prompts.append(data.decode("utf-8").removesuffix("\n"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_file '{o.prompt_file}' is not UTF-8: byte {error.start} is "
+                             f"0x{data[error.start]:02x}; convert it first") from None
+    prompts = prompts or ["Once upon a time"]
+    if "" in prompts:
+        raise ValueError("the prompt is empty; give some text")
+    for i, prompt in enumerate(prompts):
+        if prompt.isdigit():
+            if int(prompt) == 0:
+                raise ValueError("a synthetic prompt of 0 tokens is empty; give 1 or more")
+            ids = torch.randint(min(vocab_size, tokenizer.vocab_size), (int(prompt),),
+                                generator=torch.Generator().manual_seed(0))
+            prompts[i] = ids.tolist()
+        elif o.chat:
+            prompts[i] = chat_ids(o, tokenizer, [*system_message(o), {"role": "user", "content": prompt}])
+    return prompts * o.batch_size
+
+
+def system_message(o: argparse.Namespace) -> list[dict]:
+    return [{"role": "system", "content": o.system}] if o.system else []
+
+
+def chat_ids(o: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """A conversation as ids, through the model's template; without one as plain text, a message a line."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n".join(m["content"] for m in messages))
+    arguments = {}
+    for item in o.template_arg:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--template_arg '{item}' is not KEY=VALUE")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return tokenizer.encode_chat(messages, **arguments)
+
+
+def sampling_flags(o: argparse.Namespace, sample: int = 0) -> dict:
+    flags = {name: getattr(o, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
+    return flags | ({"seed": o.seed + sample} if o.seed is not None else {})
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------
+
+def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
+    """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots symbolic."""
+    if steps == EAGER:
+        return 0.0
+    began = time.perf_counter()
+    with torch.no_grad():
+        model.setup_caches(rows, length, -(-(length + PAD) // BUCKET) * BUCKET)
+        zeros = torch.zeros(rows, dtype=torch.long, device=model.tok_embeddings.weight.device)
+        greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, zeros.device)
+        for _ in range(2):              # the second time finds every graph there; on CUDA it records them
+            run_prefill(model, steps, [[0] * PAD] * rows)
+            for _ in decode_n_tokens(model, steps, zeros, zeros, 1, 2, greedy):
+                pass
+    return time.perf_counter() - began
+
+
+def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
+    """Answer the prompts num_samples times, streaming when there is but one row, and report each run."""
+    prompts = read_prompts(o, tokenizer, model.args.vocab_size)
+    new = o.max_new_tokens
+    if new is None:                     # a default bends to what fits, a wish does not
+        longest = max(len(p if isinstance(p, list) else tokenizer.encode(p)) for p in prompts)
+        new = max(min(256, model.limit - longest), 1)
+    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
+    check_cache(model, len(rows), max(len(row.prompt) for row in rows) + new)
+    report["compile_s"] = warm_up(model, steps, len(rows), max(len(row.prompt) for row in rows) + new)
+    single = len(rows) == 1 and not o.json
+    if single and sys.stdout.isatty() and sys.stderr.isatty() and isinstance(prompts[0], str):
+        print(prompts[0], end="", file=sys.stderr, flush=True)      # so that a person reads the whole text
+    finished, total = [], Figures()
+    for sample in range(o.num_samples):
+        settings, figures = Sampling.of(model, **sampling_flags(o, sample)), Figures()
+        if sample:
+            rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
+        with tracing(o.profile if sample == o.num_samples - 1 else None, model):
+            for _, piece in generate_rows(model, rows, settings, steps=steps, figures=figures):
+                if single:
+                    print(piece, end="", flush=True)
+        if not o.json:
+            print(*([] if single else [row.text for row in rows]), sep="\n", flush=True)
+        report_run(o, model, report, rows, settings, figures)
+        finished += rows
+        total = Figures(**{k: v + getattr(total, k) for k, v in asdict(figures).items()})
+    if o.json:
+        print(json.dumps(summary(model, report, finished, total, settings)))
+
+
+def check_cache(model: Transformer, rows: int, length: int):
+    """Say before the work starts that the cache will not fit, with the numbers that decide it."""
+    a = model.args
+    need = 2 * a.n_layers * rows * a.n_kv_heads * a.head_dim * length * model.tok_embeddings.weight.itemsize
+    device = model.tok_embeddings.weight.device
+    free = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        free = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    if free is not None and need > free:
+        raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.1f} GB beside the weights' "
+                         f"{bytes_per_token(model) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+                         f"{int(free / need * length * 0.9)} tokens a row would fit")
+
+
+@contextmanager
+def tracing(path: str | None, model: Transformer):
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(path)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------
+
+def rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
+
+
+def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures):
+    """One line of figures. Bandwidth: the bytes all steps read, over the decode time, beside what the machine reads."""
+    steps = max((len(row.ids) for row in rows), default=1) - 1
+    report["bytes_per_token"] = bytes_per_token(model)
+    report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
+    if (o.json or not o.quiet) and "bandwidth_probe_gbs" not in report:
+        report["bandwidth_probe_gbs"] = probe_bandwidth(model.tok_embeddings.weight.device) / 1e9
+    say(o, f"prefill {f.prompt_tokens} tokens, {rate(f.prompt_tokens, f.prefill_s):.1f} tok/s; first token after "
+           f"{f.ttft_s:.3f} s; decode {f.decode_tokens} tokens, {rate(f.decode_tokens, f.decode_s):.1f} tok/s, "
+           f"{report['bandwidth_gbs']:.1f} of {report.get('bandwidth_probe_gbs', 0):.1f} GB/s; "
+           f"peak memory {peak_memory(model.tok_embeddings.weight.device) / 1e9:.2f} GB; seed {settings.seed}; "
+           f"{', '.join(sorted({row.finish_reason for row in rows}))}")
+
+
+def summary(model: Transformer, report: dict, rows: list[Row], f: Figures, settings: Sampling) -> dict:
+    """The object that --json prints; keys are stable, numbers are numbers."""
+    return report | asdict(settings) | {
+        "prompt_tokens": f.prompt_tokens, "prefill_s": f.prefill_s, "prefill_tok_s": rate(f.prompt_tokens, f.prefill_s),
+        "ttft_s": f.ttft_s, "new_tokens": f.new_tokens, "decode_s": f.decode_s,
+        "decode_tok_s": rate(f.decode_tokens, f.decode_s),
+        "peak_mem_bytes": peak_memory(model.tok_embeddings.weight.device),
+        "text": rows[0].text, "finish_reason": rows[0].finish_reason,
+        "rows": [{"text": row.text, "ids": row.ids, "prompt_tokens": len(row.prompt), "new_tokens": len(row.ids),
+                  "finish_reason": row.finish_reason} for row in rows]}
+
+
+# ---- conversation ----------------------------------------------------------------------------------------------
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def read_turn() -> str:
+    """One message from stdin; a line that ends in a backslash goes on. EOFError at the end of the input."""
+    lines = []
+    while True:
+        print("... " if lines else "> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line and not lines:
+            raise EOFError
+        lines.append(line.rstrip("\n").removesuffix("\\"))
+        if not line.rstrip("\n").endswith("\\"):
+            return "\n".join(lines)
+
+
+def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
+    """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that differs
+    from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in the conversation."""
+    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    report["compile_s"] = warm_up(model, steps, 1, BUCKET)
+    say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or end of file ends.")
+    messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache
+    while True:
+        try:
+            text = read_turn()
+        except EOFError:
+            return
+        command, _, argument = text.strip().partition(" ")
+        if command == "/exit":
+            return
+        if command in ("/reset", "/system"):
+            o.system = argument or None if command == "/system" else o.system
+            messages = system_message(o)
+            continue
+        if not text.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": text}] if o.chat else []
+        try:
+            ids = chat_ids(o, tokenizer, asked) if o.chat else tokenizer.encode(text)
+            default = max(min(1024 if o.chat else 256, model.limit - len(ids)), 1)
+            new = default if o.max_new_tokens is None else o.max_new_tokens
+            row = rows_for(model, tokenizer, [ids], new, o.stop, o.ignore_eos, o.chat)[0]
+        except ValueError as error:                 # too long, or the template refuses: the conversation goes on
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        held = answer(o, model, row, steps, min(common_prefix(held, ids), len(ids) - 1), report)
+        messages = [*asked, {"role": "assistant", "content": row.text}] if o.chat else []
+
+
+def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, report: dict) -> list[int]:
+    """Print one answer; return the ids that the cache holds afterwards."""
+    figures, settings = Figures(), Sampling.of(model, **sampling_flags(o))
+    try:
+        with closing(generate_rows(model, [row], settings, steps=steps, cached=cached, figures=figures)) as pieces:
+            for _, piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        row.finish_reason = "interrupted"
+    print(flush=True)
+    report_run(o, model, report, [row], settings, figures)
+    return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was drawn, but never fed
+
+
+# ---- entry -----------------------------------------------------------------------------------------------------
+
+def run(o: argparse.Namespace):
+    began = time.perf_counter()
+    model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
+    weight = model.tok_embeddings.weight
+    if o.max_seq_length is not None:
+        if o.max_seq_length > model.args.max_position:
+            say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} the model knows")
+        model.limit = o.max_seq_length
+    report = {"model": o.checkpoint_path, "params": sum(p.numel() for p in model.parameters()),
+              "dtype": str(weight.dtype).removeprefix("torch."), "quant": None, "device": str(weight.device),
+              "torch": torch.__version__, "python": sys.version.split()[0], "load_s": time.perf_counter() - began}
+    say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, {report['dtype']} on {weight.device}, "
+           f"loaded in {report['load_s']:.2f} s")
+    if o.chat and tokenizer.chat_template is None:
+        say(o, "note: this model has no chat template; messages go in as plain text")
+    elif tokenizer.chat_template is not None and not (o.chat or o.interactive):
+        say(o, "note: this model has a chat template; --chat uses it")
+    if o.interactive or (o.chat and not o.prompt and not o.prompt_file):
+        converse(o, model, tokenizer, report)
+    else:
+        run_prompts(o, model, tokenizer, report)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    o = p.parse_args(argv)
+    o.quiet = o.quiet or o.json
+    try:
+        if any(getattr(o, name) is not None for name in Sampling.__dataclass_fields__):
+            Sampling(**{k: v for k, v in sampling_flags(o).items() if v is not None}).check()
+    except ValueError as error:
+        p.error(str(error))
+    try:
+        run(o)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory on {o.device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):                      # the reader has enough: not an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

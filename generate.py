@@ -1,0 +1,447 @@
+"""Text from a checkpoint: sampling, the compiled steps, and the loops over them. `python generate.py --help` runs it.
+
+A token's way: `load_model` reads a checkpoint; `generate_rows` runs `prefill` over the prompts in chunks, then `decode`
+once a token; `Sampler` picks the ids; `Row` turns them into text and knows when to stop. Everything is built from the
+two steps, which are all that is ever compiled (`compile_steps` says how and why). `stream` and `generate` are the same
+for Python callers.
+
+What it is not: a server or a scheduler; one batch runs at a time. Flags, chat and figures are in cli.py. Read model.py
+first, quantize.py and tp.py after.
+"""
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import end_ids, load_checkpoint, read_generation_config, resolve, stored_dtype
+from model import Transformer
+from tokenizer import Tokenizer, load_tokenizer
+
+BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
+CHUNK = 512             # prompt tokens per prefill call: memory grows with CHUNK * S, not with the prompt's square
+PAD = 16                # compiled prefill sees lengths rounded up to this
+BUCKET = 256            # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sampling:
+    """How an id is drawn. The filters apply in this order and mean what transformers means by the same names."""
+    repetition_penalty: float = 1.0     # 1: off
+    temperature: float = 0.8            # 0: the most likely id, the lowest one on ties
+    top_k: int = 200                    # 0: off; ties with the k-th stay
+    top_p: float = 1.0                  # keep the most likely ids until their mass reaches it
+    min_p: float = 0.0                  # drop what is less likely than min_p times the most likely
+    seed: int = 0
+
+    @classmethod
+    def of(cls, model: Transformer, **given) -> "Sampling":
+        """What is given (not None), else what the model's generation_config.json says, else the defaults above."""
+        config = dict(getattr(model, "generation_config", {}))
+        if config.get("do_sample") is True:                 # the file's silence means transformers' defaults
+            config = {"temperature": 1.0, "top_k": 50, **config}
+        elif config.get("do_sample") is False:
+            config["temperature"] = 0.0
+        names = [name for name in cls.__dataclass_fields__ if name != "seed"]
+        chosen = {name: config[name] for name in names if config.get(name) is not None}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        chosen.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
+        return cls(**chosen).check()
+
+    def check(self) -> "Sampling":
+        rules = [("temperature", self.temperature >= 0, "be 0 (greedy) or more"),
+                 ("top_k", self.top_k >= 0, "be 0 (off) or more"), ("top_p", 0 <= self.top_p <= 1, "lie in 0 ... 1"),
+                 ("min_p", 0 <= self.min_p <= 1, "lie in 0 ... 1"),
+                 ("repetition_penalty", self.repetition_penalty > 0, "be above 0")]
+        for name, holds, rule in rules:
+            if not (holds and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must {rule}")
+        return self
+
+
+def token_probs(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Logits [B, V] float32 -> the probabilities [B, V] an id is drawn from. seen [B, V] bool: ids in prompt or output."""
+    if s.repetition_penalty != 1.0:
+        penalized = torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
+    if s.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / max(s.temperature, 1e-5)
+    k = s.top_k if 0 < s.top_k < logits.shape[-1] else 0
+    if k:
+        logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if s.top_p < 1.0:
+        values, ids = probs.topk(k) if k else probs.sort(descending=True)     # sorting k is far cheaper than V
+        before = values.cumsum(-1) - values
+        probs = torch.zeros_like(probs).scatter_(-1, ids, values.masked_fill(before >= s.top_p, 0.0))
+        probs.scatter_(-1, ids[:, :1], values[:, :1])                         # the first always stays
+    if s.min_p > 0:
+        probs = probs.masked_fill(probs < s.min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+class Sampler:
+    """Draws one id per row. Each row has its own generator, so its text does not depend on its neighbours."""
+
+    def __init__(self, settings: Sampling, prompts: list[list[int]], vocab_size: int, device: torch.device):
+        self.settings = settings
+        self.generators = [torch.Generator(device).manual_seed((settings.seed * 65537 + row) % 2 ** 63)
+                           for row in range(len(prompts))]
+        self.seen = None
+        if settings.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(prompts):
+                self.seen[row, torch.tensor(prompt, device=device)] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] -> ids [B]. argmax of p / Exp(1) draws from p without a host sync (the Gumbel-max trick)."""
+        if self.settings.temperature == 0 and self.seen is None:
+            return logits.argmax(-1)
+        probs = token_probs(logits, self.settings, self.seen)
+        if self.settings.temperature > 0:
+            noise = torch.empty_like(probs)
+            for row, generator in zip(noise, self.generators):
+                row.exponential_(generator=generator)
+            probs = probs / noise.clamp_min_(1e-30)
+        ids = probs.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        return ids
+
+
+# ---- steps: what is compiled -----------------------------------------------------------------------------------
+
+def prefill(model: Transformer, tokens: Tensor, input_pos: Tensor, last: Tensor, key_pos: Tensor) -> Tensor:
+    """A chunk of the prompts. tokens, input_pos [B, T]; last [B]: the column whose logits [B, V] are wanted."""
+    return model(tokens, input_pos, slots=key_pos.shape[0], logits_at=last[:, None])[:, 0]
+
+
+def decode(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+    """One token a row. tokens, input_pos [B, 1] -> logits [B, V]. key_pos [S]: only its length matters."""
+    return model(tokens, input_pos, slots=key_pos.shape[0])[:, 0]
+
+
+class Steps(NamedTuple):
+    prefill: Callable = prefill
+    decode: Callable = decode
+    pad: int = 1                        # prefill lengths are rounded up to a multiple of it
+
+
+EAGER = Steps()
+
+
+def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) -> Steps:
+    """The one place that decides what is compiled.
+
+    decode: always, it is overhead that makes it slow. One graph serves all cache buckets and all sampling settings:
+    the attended length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a constant),
+    and sampling stays outside. On CUDA the graph is replayed as a CUDA graph, which costs no launches.
+    prefill: on request; it is bound by arithmetic, and compiling takes longer than most prompts. Its lengths are
+    rounded up to PAD and symbolic too.
+    """
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    return Steps(torch.compile(prefill) if compile_prefill else prefill,
+                 torch.compile(decode, mode=mode) if compile_decode else decode,
+                 PAD if compile_prefill else 1)
+
+
+@contextmanager
+def one_row_matmul(rows: int, device: torch.device):
+    """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times faster."""
+    before = torch.backends.mkldnn.enabled
+    if rows == 1 and device.type == "cpu":
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def bucket(n: int) -> int:
+    """The slots attended to when n are filled: a power of two, at least BUCKET."""
+    return max(BUCKET, 1 << (n - 1).bit_length())
+
+
+def symbolic(tensor: Tensor, dim: int) -> Tensor:
+    """Mark a dimension as varying, so that another length meets the same compiled graph."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+    return tensor
+
+
+def attended(model: Transformer, n: int) -> Tensor:
+    """The positions of the slots that a step looks at when n are filled."""
+    return symbolic(torch.arange(min(bucket(n), model.cache_slots), device=model.tok_embeddings.weight.device), 0)
+
+
+# ---- loops -----------------------------------------------------------------------------------------------------
+
+def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], start: int = 0) -> Tensor:
+    """Put prompts of any lengths into the cache, in chunks, and return the logits [B, V] after each row's last token.
+
+    Positions before `start` are already there. Shorter rows are padded to the right, where later tokens overwrite.
+    """
+    device = model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = max(map(len, prompts))
+    result = None
+    for begin in range(start, longest, CHUNK):
+        end = min(begin + CHUNK, longest)
+        width = -(-(end - begin) // steps.pad) * steps.pad
+        chunk = [p[begin:end] + [0] * (width - len(p[begin:end])) for p in prompts]
+        tokens = torch.tensor(chunk, device=device)                                  # [B, T]
+        input_pos = torch.arange(begin, begin + width, device=device).expand(tokens.shape)
+        if width > 1 and steps.pad > 1:
+            tokens, input_pos = symbolic(tokens, 1), symbolic(input_pos.contiguous(), 1)
+        last = (lengths - 1 - begin).clamp(0, width - 1)                             # [B]
+        logits = steps.prefill(model, tokens, input_pos, last, attended(model, begin + width))
+        ends_here = ((lengths > begin) & (lengths <= end))[:, None]
+        result = logits if result is None else torch.where(ends_here, logits, result)
+    return result
+
+
+def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor, filled: int, n: int,
+                    sampler: Sampler) -> Iterator[Tensor]:
+    """Feed tokens [B] that stand at input_pos [B] and yield the next ones, n times; nothing here waits for the device.
+
+    filled: slots that hold tokens after the first step, for the bucket. Lazy: a step runs when its ids are asked for.
+    """
+    key_pos = attended(model, filled)
+    for i in range(n):
+        if filled + i > key_pos.shape[0]:
+            key_pos = attended(model, filled + i)
+        with one_row_matmul(len(tokens), tokens.device):
+            logits = steps.decode(model, tokens[:, None], (input_pos + i)[:, None], key_pos)
+        tokens = sampler(logits)
+        yield tokens
+
+
+class Row:
+    """One prompt and what became of it: ids, text, and why it ended ("stop", "length", or "" while it runs)."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], limit: int, ends: set[int] = frozenset(),
+                 stop: list[str] = (), chat: bool = False):
+        self.prompt, self.limit, self.ends, self.stop = prompt, limit, ends, [s for s in stop if s]
+        self.detokenizer = tokenizer.detokenizer([] if chat else prompt)
+        self.ids: list[int] = []        # the end token included
+        self.text = ""                  # what has been handed out
+        self.held = ""                  # decoded, but it may turn out to begin a stop string
+        self.finish_reason = ""
+
+    def take(self, token: int) -> str:
+        """Append an id and return the text that is now certain."""
+        self.ids.append(token)
+        if token in self.ends:
+            return self.finish("stop")
+        self.held += self.detokenizer.push(token)
+        cut = min((at for at in (self.held.find(s) for s in self.stop) if at >= 0), default=-1)
+        if cut >= 0:
+            self.held, self.finish_reason = self.held[:cut], "stop"
+            return self.hand_out(len(self.held))
+        if len(self.ids) >= self.limit:
+            return self.finish("length")
+        keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        return self.hand_out(len(self.held) - keep)
+
+    def finish(self, reason: str) -> str:
+        """No more ids: hand out what was held back, unless the flushed tail completes a stop string."""
+        self.held, self.finish_reason = self.held + self.detokenizer.flush(), reason
+        cut = min((at for at in (self.held.find(s) for s in self.stop) if at >= 0), default=len(self.held))
+        if cut < len(self.held):
+            self.finish_reason = "stop"
+        return self.hand_out(cut)
+
+    def hand_out(self, n: int) -> str:
+        piece, self.held = self.held[:n], self.held[n:]
+        self.text += piece
+        return piece
+
+
+@dataclass
+class Figures:
+    """Times in seconds and counts of one call of generate_rows; compilation and warm-up are not among them."""
+    prompt_tokens: int = 0              # of all rows, without what the cache already held
+    new_tokens: int = 0                 # of all rows, end tokens included, nothing after them
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0                 # from the call to the first ids on the host
+    decode_s: float = 0.0               # for decode_tokens: every token but the first of each row
+    decode_tokens: int = 0
+
+
+@torch.no_grad()
+def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER, cached: int = 0,
+                  figures: Figures | None = None) -> Iterator[tuple[int, str]]:
+    """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to reuse.
+
+    The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device never waits for it;
+    what was computed past the last row's end is thrown away.
+    """
+    figures = Figures() if figures is None else figures
+    prompts = [row.prompt for row in rows]
+    device = model.tok_embeddings.weight.device
+    limit, longest = max(row.limit for row in rows), max(map(len, prompts))
+    if limit == 0:
+        for row in rows:
+            row.finish_reason = "length"
+        return
+    model.setup_caches(len(rows), longest + limit, -(-(longest + limit + PAD) // BUCKET) * BUCKET)
+    began = time.perf_counter()
+    sampler = Sampler(settings, prompts, model.args.vocab_size, device)
+    logits = run_prefill(model, steps, prompts, cached)
+    logits[0, 0].item()                                                              # wait: prefill is timed alone
+    figures.prompt_tokens, figures.prefill_s = sum(len(p) - cached for p in prompts), time.perf_counter() - began
+    tokens = sampler(logits)
+    positions = torch.tensor([len(p) for p in prompts], device=device)
+    decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
+    block, interval = [tokens], 1 if device.type == "cpu" else 8
+    while block:
+        host_ids = torch.stack(block).tolist()                                       # the one wait for the device
+        elapsed, before = time.perf_counter() - began, figures.new_tokens
+        for ids in host_ids:
+            running = [r for r, row in enumerate(rows) if not row.finish_reason]
+            figures.new_tokens += len(running)
+            for r in running:
+                yield r, rows[r].take(ids[r])
+        if before == 0:
+            figures.ttft_s = elapsed
+        else:
+            figures.decode_s += elapsed
+            figures.decode_tokens += figures.new_tokens - before
+        if all(row.finish_reason for row in rows):
+            return
+        began = time.perf_counter()                                                  # the caller's time is not ours
+        block = [ids for _, ids in zip(range(interval), decoder)]
+
+
+def rows_for(model: Transformer, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, stop=(),
+             ignore_eos: bool = False, chat: bool = False) -> list[Row]:
+    """Rows for prompts given as text or as ids, checked against the model's limit before any work starts."""
+    ends = set() if ignore_eos else model.end_ids | tokenizer.eos_ids | (tokenizer.turn_end_ids() if chat else set())
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty and this model has no beginning-of-text token; give some text")
+        if not all(0 <= i < model.args.vocab_size for i in ids):
+            raise ValueError(f"the prompt has the id {max(ids)}, but the model has {model.args.vocab_size} tokens; "
+                             "the tokenizer does not belong to this model")
+        check_length(len(ids), max_new_tokens, model.limit)
+        rows.append(Row(tokenizer, ids, max_new_tokens, ends, stop, chat))
+    return rows
+
+
+def check_length(prompt: int, new: int, limit: int):
+    if new < 0:
+        raise ValueError(f"max_new_tokens is {new}; it must be 0 or more")
+    if prompt + new > limit:
+        raise ValueError(f"{prompt} prompt tokens and {new} new ones make {prompt + new}, over the limit of {limit}; "
+                         "shorten one of them, or raise --max_seq_length if the model allows it")
+
+
+# ---- for Python callers ----------------------------------------------------------------------------------------
+
+def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | torch.dtype = "auto",
+               **options) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint (folder, file or hub id) as a model ready to generate, and its tokenizer.
+
+    The model carries what belongs to the checkpoint and not to the mathematics: `end_ids`, `generation_config`, and
+    `limit`, the most tokens a row may hold. Raises ValueError or OSError with one sentence.
+    """
+    path = resolve(str(path))
+    device = pick_device(str(device))
+    dtype = pick_dtype(dtype, device, path)
+    tokenizer = load_tokenizer(path)
+    model = load_checkpoint(path, device=device, dtype=dtype, **options)
+    model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)
+    model.limit = model.args.max_position
+    return model, tokenizer
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], *, max_new_tokens: int = 256,
+           stop=(), ignore_eos: bool = False, steps: Steps = EAGER, **sampling) -> Iterator[str]:
+    """Yield the text that follows a prompt, piece by piece, as it is computed. sampling: the fields of `Sampling`."""
+    rows = rows_for(model, tokenizer, [prompt], max_new_tokens, stop, ignore_eos)
+    for _, piece in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps):
+        if piece:
+            yield piece
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompts: list, *, max_new_tokens: int = 256, stop=(),
+             ignore_eos: bool = False, steps: Steps = EAGER, figures: Figures | None = None, **sampling) -> list[Row]:
+    """Run prompts of any lengths as one batch; each row comes back with its ids, text and finish_reason."""
+    rows = rows_for(model, tokenizer, prompts, max_new_tokens, stop, ignore_eos)
+    for _ in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps, figures=figures) if rows else ():
+        pass
+    return rows
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the accelerator if there is one."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device '{name}' is not available here; try --device cpu") from None
+    return device
+
+
+def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> torch.dtype:
+    """auto: bfloat16, which halves what decode reads, where the device has it, else float16. On a CPU a checkpoint
+    stored in float32 that fits the cache (32 MB) stays as it is: halving it would gain nothing and round."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        small = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors"))) <= 32 << 20
+        return torch.float32 if small and stored_dtype(path) == torch.float32 else torch.bfloat16
+    return torch.float16 if device.type == "mps" or (device.type == "cuda" and not torch.cuda.is_bf16_supported()) \
+        else torch.bfloat16
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------
+
+def bytes_per_token(model: Transformer) -> int:
+    """Weight bytes that one decode step reads: everything but an embedding table that is not also the head."""
+    tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if ".cache." not in n)]
+    table = model.tok_embeddings.weight
+    return sum(t.nbytes for t in tensors) - (table.nbytes if model.output is not None else 0)
+
+
+def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes a second at which the device reads memory: the best of a few passes over a buffer larger than its caches."""
+    data = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
+    best = 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        data.max().item()
+        best = max(best, nbytes / (time.perf_counter() - began))
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process had resident on the host, or allocated on the device. 0 where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource                 # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":      # cli.py stands above this file: importing it is what an entry script does
+    from cli import main
+    sys.exit(main())
