@@ -194,7 +194,10 @@ def end_ids(path: str | Path) -> set[int]:
 
 def open_source(path: Path) -> Source:
     """Find out what `path`, a file or a folder, holds, and list its tensors without reading them."""
-    return open_folder(path) if path.is_dir() else open_file(path)
+    try:
+        return open_folder(path) if path.is_dir() else open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
 
 
 def open_folder(folder: Path) -> Source:
@@ -342,7 +345,7 @@ def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"'{path}' is refused, because it is damaged or wants to run code ({reason}): use "
                               "safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"'{path}' is truncated or damaged ({str(error).splitlines()[0]})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"'{path}' holds a {type(found).__name__}, not the weights of a model")
