@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from generate import (BUCKET, BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, bytes_per_token,
-                      compile_steps, decode_n_tokens, generate_rows, load_model, peak_memory, probe_bandwidth, rows_for,
+                      compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory, probe_bandwidth, rows_for,
                       run_prefill)
 from model import Transformer
 from tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
         return 0.0
     began = time.perf_counter()
     with torch.no_grad():
-        model.setup_caches(rows, length, -(-(length + PAD) // BUCKET) * BUCKET)
+        make_room(model, rows, length)
         zeros = torch.zeros(rows, dtype=torch.long, device=model.tok_embeddings.weight.device)
         greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, zeros.device)
         for _ in range(2):              # the second time finds every graph there; on CUDA it records them

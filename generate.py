@@ -143,15 +143,16 @@ EAGER = Steps()
 def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) -> Steps:
     """The one place that decides what is compiled.
 
-    decode: always, it is overhead that makes it slow. One graph serves all cache buckets and all sampling settings:
-    the attended length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a constant),
-    and sampling stays outside. On CUDA the graph is replayed as a CUDA graph, which costs no launches.
+    decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling settings: the
+    length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a constant), and sampling
+    stays outside. Another batch size or a larger cache is another graph. On CUDA it is replayed as a CUDA graph.
     prefill: on request; it is bound by arithmetic, and compiling takes longer than most prompts. Its lengths are
     rounded up to PAD and symbolic too.
     """
     mode = "reduce-overhead" if torch.cuda.is_available() else None
-    return Steps(torch.compile(prefill) if compile_prefill else prefill,
-                 torch.compile(decode, mode=mode) if compile_decode else decode,
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)    # batch and cache sizes
+    return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
+                 torch.compile(decode, fullgraph=True, mode=mode) if compile_decode else decode,
                  PAD if compile_prefill else 1)
 
 
@@ -168,8 +169,13 @@ def one_row_matmul(rows: int, device: torch.device):
 
 
 def bucket(n: int) -> int:
-    """The slots attended to when n are filled: a power of two, at least BUCKET."""
+    """The slots attended to when n are filled, or allocated for n: a power of two, at least BUCKET."""
     return max(BUCKET, 1 << (n - 1).bit_length())
+
+
+def make_room(model: Transformer, rows: int, length: int) -> bool:
+    """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new compiled graph."""
+    return model.setup_caches(rows, length, bucket(length + PAD))
 
 
 def symbolic(tensor: Tensor, dim: int) -> Tensor:
@@ -293,7 +299,7 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
         for row in rows:
             row.finish_reason = "length"
         return
-    model.setup_caches(len(rows), longest + limit, -(-(longest + limit + PAD) // BUCKET) * BUCKET)
+    make_room(model, len(rows), longest + limit)
     began = time.perf_counter()
     sampler = Sampler(settings, prompts, model.args.vocab_size, device)
     logits = run_prefill(model, steps, prompts, cached)

@@ -233,9 +233,10 @@ class KVCache(nn.Module):
         self.register_buffer("v", None, persistent=False)
 
     def allocate(self, batch_size: int, slots: int, like: Tensor):
-        """Zeros, because a masked slot still takes part in 0 * value; old contents are kept."""
+        """Zeros, because a masked slot still takes part in 0 * value; old contents are kept. One slot more than is ever
+        attended: a slice that cannot be the whole keeps its length symbolic in a compiled graph."""
         for name, old in (("k", self.k), ("v", self.v)):
-            new = like.new_zeros(batch_size, self.n_kv_heads, slots, self.head_dim)
+            new = like.new_zeros(batch_size, self.n_kv_heads, slots + 1, self.head_dim)
             if old is not None:
                 new[:old.shape[0], :, :old.shape[2]] = old
             setattr(self, name, new)
@@ -249,7 +250,6 @@ class KVCache(nn.Module):
         where = (row, head, input_pos.view(B, 1, T))                                 # broadcast to [B, K, T]
         self.k[where] = k
         self.v[where] = v
-        torch._check(slots <= self.k.shape[2], lambda: f"{slots} slots attended, {self.k.shape[2]} allocated")
         return self.k[:B, :, :slots], self.v[:B, :, :slots]                          # [B, K, S, E]
 
 
