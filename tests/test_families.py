@@ -228,6 +228,19 @@ def test_bfloat16_greedy_text(name, folder, truth):
     assert (ours - exact).square().mean() < 1.5 * (theirs - exact).square().mean()   # no less exact than they are
 
 
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_bfloat16_embedding_scale(model_type, tmp_path):
+    """Gemma's root of the width in float32: it was trained with the bfloat16 one, which for 72 is 8.5, not 8.485."""
+    family = Family(model_type, dict(hidden_size=72, head_dim=16))
+    model = load(write(family, tmp_path / "m"), torch.bfloat16)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(prompt())
+        wanted = build(family).to(torch.bfloat16)(prompt(), output_hidden_states=True).hidden_states[0]
+    assert wanted.dtype == torch.bfloat16 and torch.equal(seen[0], wanted)
+
+
 def test_bfloat16_keeps_float32_rope(folder):
     """Frequencies cast with the weights, which is wrong by radians at position 1000; also after .to() and .half()."""
     wanted = load(folder("llama-3.1")).ropes[0].frequencies
@@ -631,6 +644,8 @@ ROPES = {       # kind, theta, context, head width, rotated part, length, number
         factor=32.0, original_max_position_embeddings=4096, truncate=False)),
     "yarn-one-step": ("yarn", 1e4, 131072, 128, 1.0, 100000, dict(
         factor=4.0, original_max_position_embeddings=32768, beta_fast=2.0, beta_slow=2.0)),
+    "yarn-beyond-the-last-pair": ("yarn", 1e4, 524288, 128, 1.0, 100000, dict(
+        factor=4.0, original_max_position_embeddings=131072)),
     "longrope-short": ("longrope", 1e4, 131072, 128, 1.0, 4096, dict(
         short_factor=SHORT, long_factor=LONG, original_max_position_embeddings=4096)),
     "longrope-long": ("longrope", 1e4, 131072, 128, 1.0, 100000, dict(
