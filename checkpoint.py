@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """One sentence for the user: what was found, where, and the way out."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass
 class Stored:
     """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for several GPUs);
@@ -88,9 +92,14 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dty
 
 def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list["Part"]]]:
     """The model on the meta device and where each of its tensors comes from, checked: nothing is read yet."""
-    args = source_args(source, trust_architecture)
-    with torch.device("meta"), NoRandomStart():
-        model = Transformer(args)
+    try:
+        args = source_args(source, trust_architecture)
+        with torch.device("meta"), NoRandomStart():
+            model = Transformer(args)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the config of '{source.path}' does not describe a model: {first_line(error)}") from None
     if source.quantization:             # the place where quantized layers take the place of nn.Linear
         raise CheckpointError(f"'{source.path}' is quantized, which this version cannot load")
     steps = plan(model, source.tensors, source.config.get("model_type"), own=source.own)
@@ -342,11 +351,10 @@ def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if kind == "zip" else None)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"'{path}' is refused, because it is damaged or wants to run code ({reason}): use "
-                              "safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"'{path}' is truncated or damaged ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"'{path}' is refused, because it is damaged or wants to run code ({first_line(error)}): "
+                              "use safetensors") from None
+    except Exception as error:              # a damaged pickle is a program gone wrong: it can raise anything
+        raise CheckpointError(f"'{path}' is truncated or damaged ({first_line(error)}): download it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"'{path}' holds a {type(found).__name__}, not the weights of a model")
     state = next((found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)), found)
@@ -613,17 +621,14 @@ def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = Fal
             layer_windows=windows, **switches(tensors, c), **scalars(c, family)), tensors
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}") from None
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        raise CheckpointError(f"config.json does not describe a model: {error}") from None
 
 
 def refuse_quantized(config: dict):
     for c in (config, config.get("text_config") or {}):
         found = c.get("quantization_config") or c.get("quantization")
         if found:
-            method = found.get("quant_method") or ("MLX" if "quantization" in c else "unnamed")
+            method = (found.get("quant_method") if isinstance(found, dict) else found) \
+                or ("MLX" if "quantization" in c else "unnamed")
             raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the repository "
                                   "with the bfloat16 weights")
 
@@ -631,7 +636,7 @@ def refuse_quantized(config: dict):
 def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
     """Of a multimodal model the language model: its config, and its tensors without the vision tower's. Such configs
     leave out whatever equals the class default, so that sizes come from the tensors."""
-    if config.get("model_type") not in WRAPPERS:
+    if str(config.get("model_type")) not in WRAPPERS:
         return config, tensors
     if not isinstance(config.get("text_config"), dict):
         raise CheckpointError("config.json lacks 'text_config'")
@@ -673,7 +678,7 @@ def find_family(config: dict, trust: bool) -> Family:
     """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
     mathematics (interleaved rope, for one) can hide behind the same names."""
     kind = config.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise CheckpointError("config.json lacks 'model_type'")
     if kind in FAMILIES:
         return FAMILIES[kind]
@@ -1041,4 +1046,4 @@ def hub_reason(error: Exception) -> str:
         ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
          f"is no file or folder here, it is not in the download cache, and {why}"))
     known = [text for kinds, text in reasons if isinstance(error, kinds)]
-    return known[0] if known else f"cannot be downloaded: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return known[0] if known else f"cannot be downloaded: {first_line(error)}"
