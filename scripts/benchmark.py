@@ -1,0 +1,156 @@
+"""How fast is it here? Times decode, prefill and compilation of a model shape beside the machine's read bandwidth.
+
+    python scripts/benchmark.py --config scripts/shapes/llama-3.2-1b.json --compile
+
+The weights are random: speed does not depend on them, and any config.json of a dense Llama-like model will do. Decode
+at batch 1 reads every weight once a token, so the ceiling is bandwidth / bytes per token. The bandwidth of a shared
+machine drifts by a factor of two within minutes; hence everything is measured in rounds that alternate with the probe,
+and medians and shares are what to compare. The last line of stdout is the result, with --json as one object.
+
+What it is not: a test of quality, or of sampling: decode here is greedy, forward and argmax and the host's read of the id.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from checkpoint import args_from  # noqa: E402
+from generate import (EAGER, Sampler, Sampling, bytes_per_token, compile_steps, decode_n_tokens, make_room,  # noqa: E402
+                      peak_memory, pick_device, probe_bandwidth, run_prefill)
+from model import Transformer  # noqa: E402
+
+
+def tensor_names(config: dict) -> list[str]:
+    """The names a dense Hugging Face folder of this config has: switches such as biases are read off them."""
+    kind = config.get("model_type")
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    names += [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
+    parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    parts += [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    parts += [f"self_attn.{p}_proj.bias" for p in "qkv"] if kind == "qwen2" else []
+    parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
+    return names + [f"model.layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
+
+
+def random_model(config_path: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    config = json.loads(Path(config_path).read_text())
+    args, _ = args_from(config, dict.fromkeys(tensor_names(config)))
+    with torch.device("meta"):
+        model = Transformer(args)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.03, 0.03)
+    return model
+
+
+def seconds(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capacity: int):
+    """n greedy steps of `rows` rows that have `filled` tokens behind them, ids read by the host as in real use."""
+    device = model.tok_embeddings.weight.device
+    tokens, positions = (torch.full((rows,), value, device=device) for value in (1, filled))
+    greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, device)
+    make_room(model, rows, capacity)
+
+    def work():
+        for ids in decode_n_tokens(model, steps, tokens, positions, filled + 1, n, greedy):
+            ids.tolist()
+    return work
+
+
+@torch.no_grad()
+def measure(o: argparse.Namespace) -> dict:
+    device = pick_device(o.device)
+    model = random_model(o.config, device, getattr(torch, o.dtype))
+    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    prompt = torch.randint(model.args.vocab_size, (o.prompt_tokens,)).tolist()
+    rows = [prompt] * o.batch_size
+
+    def prefill():
+        run_prefill(model, steps, rows)[0, 0].item()
+    make_room(model, o.batch_size, o.prompt_tokens)
+    first_prefill = seconds(prefill)
+    small = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, 200)
+    first_decode = seconds(small)
+    times = {"probe": [], "decode": [], "prefill": [], "large_cache": []}
+    for _ in range(o.rounds):                       # alternating: all see the same drift
+        times["probe"].append(probe_bandwidth(device, repeats=3))
+        times["decode"].append(seconds(small) / o.new_tokens)
+        if o.prompt_tokens:
+            times["prefill"].append(seconds(prefill))
+    if o.capacity:                                  # the same step with a large cache around the same tokens
+        large = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.capacity - 16)
+        seconds(large)
+        for _ in range(o.rounds):
+            times["large_cache"].append(seconds(large) / o.new_tokens)
+    return result(o, model, device, times, first_prefill, first_decode)
+
+
+def result(o, model: Transformer, device, times: dict, first_prefill: float, first_decode: float) -> dict:
+    median = {name: statistics.median(values) for name, values in times.items() if values}
+    read = bytes_per_token(model)
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    found = {
+        "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size, "compile": o.compile,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
+        "params": sum(p.numel() for p in model.parameters()), "bytes_per_token": read,
+        "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
+        "decode_tok_s": o.batch_size / median["decode"], "bandwidth_gbs": read / median["decode"] / 1e9,
+        "share_of_bandwidth": read / median["decode"] / median["probe"],
+        "prefill_tokens": o.prompt_tokens, "prefill_s": median["prefill"],
+        "prefill_tok_s": o.batch_size * o.prompt_tokens / median["prefill"],
+        "ttft_s": median["prefill"] + median["decode"], "first_prefill_s": first_prefill,
+        "compile_s": max(first_decode - o.new_tokens * median["decode"], 0.0), "peak_mem_bytes": peak_memory(device)}
+    if "large_cache" in median:
+        found |= {"capacity": o.capacity, "large_cache_ratio": median["large_cache"] / median["decode"]}
+    return found
+
+
+def main():
+    p = argparse.ArgumentParser(description="Time a model shape with random weights, beside the memory's bandwidth.")
+    p.add_argument("--config", default=str(ROOT / "scripts/shapes/llama-3.2-1b.json"), help="a config.json")
+    p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--device", default="auto")
+    p.add_argument("--batch_size", type=int, default=1)
+    p.add_argument("--prompt_tokens", type=int, default=512)
+    p.add_argument("--new_tokens", type=int, default=20, help="decode steps per round")
+    p.add_argument("--filled", type=int, default=100, help="tokens in the cache when decode starts")
+    p.add_argument("--capacity", type=int, default=0, help="also time decode in a cache of this many slots")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--compile", action="store_true")
+    p.add_argument("--compile_prefill", action="store_true")
+    p.add_argument("--json", action="store_true")
+    o = p.parse_args()
+    try:
+        found = measure(o)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if o.json:
+        print(json.dumps(found))
+        return
+    print(f"{found['params'] / 1e6:.1f} M parameters, {o.dtype} on {found['device']}, {found['threads']} threads, torch "
+          f"{found['torch']}, commit {found['commit']}")
+    print(f"bandwidth probe  {found['bandwidth_probe_gbs']:8.1f} GB/s")
+    print(f"decode           {found['decode_tok_s']:8.1f} tok/s   {found['bandwidth_gbs']:.1f} GB/s, "
+          f"{100 * found['share_of_bandwidth']:.0f} % of the probe")
+    print(f"prefill of {o.prompt_tokens:<5d} {found['prefill_tok_s']:8.1f} tok/s   first token after {found['ttft_s']:.3f} s")
+    if "capacity" in found:
+        print(f"{o.capacity} slots      {found['large_cache_ratio']:8.2f} x the time of a step in a small cache")
+    print(f"compilation      {found['compile_s']:8.1f} s;  peak memory {found['peak_mem_bytes'] / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
