@@ -1,14 +1,11 @@
 """From what is on disk to a Transformer, and back.
 
-What it is: the only file that knows foreign configs, foreign tensor names and file formats. A checkpoint is told by
-its content, never by its name; every tensor must have a place and every parameter a tensor; anything else is a
-CheckpointError of one sentence. What it is not: nothing here knows tokens, quantized arithmetic or generation.
+What it is: the file formats and where their bytes go. A checkpoint is told by its content, never by its name; loading
+is strict, reads every weight once and keeps no second copy; what cannot be loaded is a CheckpointError of one sentence.
+What it is not: what the tensors mean is settled in architecture.py, and nothing here knows tokens or generation.
 
-Reading order: `load_checkpoint` (the story), `open_source` (file formats), `FAMILIES` and `args_from` (config.json to
-ModelArgs), `NAMES` and `plan` (tensor names to parameters), `save_checkpoint` (our own files), `resolve` (the hub).
-Then generate.py, which runs what is loaded here.
-
-Letters as in model.py: D model width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
+Reading order: `load_checkpoint` (the story), `open_source` (file formats), the older formats, `save_checkpoint` (our
+own files), `resolve` (the hub). Then architecture.py for names and configs, or generate.py, which runs the model.
 """
 import json
 import math
@@ -25,14 +22,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model import ModelArgs, RopeArgs, Transformer
+from architecture import CheckpointError, Part, args_from, plan
+from model import ModelArgs, Transformer
 
 FORMAT_VERSION = 1                      # of our own files; a reader refuses a newer one
 FORMAT_KEY = "self_describing_checkpoint"
-
-
-class CheckpointError(ValueError):
-    """One sentence for the user: what was found, where, and the way out."""
 
 
 def first_line(error: Exception) -> str:
@@ -90,7 +84,7 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dty
     return model.eval()
 
 
-def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list["Part"]]]:
+def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list[Part]]]:
     """The model on the meta device and where each of its tensors comes from, checked: nothing is read yet."""
     try:
         args = source_args(source, trust_architecture)
@@ -115,6 +109,33 @@ class NoRandomStart(TorchFunctionMode):
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
+def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
+    """ModelArgs of an opened checkpoint; raises CheckpointError for what this Transformer is not."""
+    if source.own:
+        return own_args(source)
+    text = source.config.get("text_config") or source.config
+    if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{text.get('model_type')}') cannot "
+                              "be loaded yet")
+    args, source.tensors = args_from(source.config, source.tensors, trust_architecture)
+    return args
+
+
+def check_shapes(model: Transformer, source: Source, steps: dict[str, list[Part]]):
+    """Each stored tensor is as large as its place."""
+    for parameter, empty in model.state_dict().items():
+        by_source = Counter()
+        for part in steps[parameter]:
+            by_source[part.source] += part.stop - part.start
+        for name, rows in by_source.items():
+            stored, wanted = source.tensors[name], (rows, *empty.shape[1:])
+            if stored.shape != wanted:
+                raise CheckpointError(f"tensor '{name}' has shape {list(stored.shape)} where {list(wanted)} is needed")
+            if empty.is_floating_point() and (not stored.dtype.is_floating_point or stored.dtype.itemsize < 2):
+                raise CheckpointError(f"tensor '{name}' is stored as {stored.dtype}: quantized weights of an unknown "
+                                      "kind")
+
+
 def put(module: nn.Module, leaf: str, weight: Tensor):
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -122,7 +143,7 @@ def put(module: nn.Module, leaf: str, weight: Tensor):
         module._buffers[leaf] = weight
 
 
-def copy_part(weight: Tensor, stored: Stored, part: "Part"):
+def copy_part(weight: Tensor, stored: Stored, part: Part):
     """Copy one source tensor into its rows of `weight`, casting on the way.
 
     Files with interleaved rope turn the pairs (2j, 2j+1) of a head; ours turns (j, j + E/2), so rows are reordered.
@@ -148,7 +169,8 @@ def final_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Bytes of a model's parameters and stored buffers, as they are or as they would be in `dtype`."""
-    return sum(t.numel() * (final_dtype(t, dtype) if dtype else t.dtype).itemsize for t in model.state_dict().values())
+    dtypes = ((t, final_dtype(t, dtype) if dtype else t.dtype) for t in model.state_dict().values())
+    return sum(t.numel() * kind.itemsize for t, kind in dtypes)
 
 
 def check_memory(needed: int, device: torch.device):
@@ -366,12 +388,11 @@ def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
 
 
 def drop_tied_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pickles store a tied pair as two names for one storage."""
-    tables = {name.split(".")[-2]: t for name, t in state.items() if name.endswith(("embed_tokens.weight", "lm_head.weight",
-              "tok_embeddings.weight", "output.weight")) and "layers" not in name}
-    for table, head in (("embed_tokens", "lm_head"), ("tok_embeddings", "output")):
-        if table in tables and head in tables and tables[table].data_ptr() == tables[head].data_ptr():
-            return {name: t for name, t in state.items() if name.split(".")[-2:] != [head, "weight"]}
+    """Pickles store a tied pair as two names for one storage: keep the table's."""
+    for table, head in (("embed_tokens.weight", "lm_head.weight"), ("tok_embeddings.weight", "output.weight")):
+        pair = [next((n for n in state if n.split(".")[-2:] == end.split(".")), None) for end in (table, head)]
+        if None not in pair and state[pair[0]].data_ptr() == state[pair[1]].data_ptr():
+            return {name: t for name, t in state.items() if name != pair[1]}
     return state
 
 
@@ -391,7 +412,7 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
         if any(name not in s for s in slices):
             raise CheckpointError(f"tensor '{name}' is missing from some of the consolidated files")
         by_columns = name.endswith(("wo.weight", "w2.weight"))
-        if name == "tok_embeddings.weight":                                 # Llama 2 cut its columns, Llama 3 its rows
+        if name == "tok_embeddings.weight":                         # Llama 2 cut its columns, Llama 3 its rows
             by_columns = first.shape[1] != width
         dim = int(by_columns)
         shape = list(first.shape)
@@ -508,445 +529,6 @@ def q8_0(data: Tensor, n: int, group: int) -> Tensor:
     return (data[:n].view(torch.int8).view(-1, group) * scales[:, None]).view(-1)
 
 
-# ---- config.json -> ModelArgs --------------------------------------------------------------------------------------
-
-@dataclass
-class Family:
-    """What a model_type implies beyond its config.json and its tensors. `defaults`: keys its config may leave out."""
-    defaults: dict = field(default_factory=dict)
-    slides: Callable[[int, dict], bool] = lambda i, c: False    # layers with a window, if `layer_types` is absent
-    norm_style: str = "llama"
-    sqrt_embedding: bool = False
-    plain_local_rope: bool = False                              # layers with a window do without rope scaling
-    rope_needs_window: bool = False                             # with a window in the model, other layers have no rope
-    keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
-
-
-def every(i, c):
-    return True
-
-
-def late(i, c):
-    return i >= c["max_window_layers"]
-
-
-def even(i, c):
-    return i % 2 == 0
-
-
-def patterned(i, c):
-    """A period, whose last layer is full, or a string such as LLLG."""
-    p = c["sliding_window_pattern"]
-    return p[i % len(p)] == "L" if isinstance(p, str) else bool((i + 1) % p) if p else False
-
-
-def has_rope(i, c):
-    """SmolLM3's list, in which 1 means that the layer rotates, or its interval."""
-    return c["no_rope_layers"][i] if c.get("no_rope_layers") else (i + 1) % c["no_rope_layer_interval"]
-
-
-def without_rope(i, c):
-    return not has_rope(i, c)
-
-
-QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
-GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256}
-GRANITE = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
-CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
-OLMO = {"rms_norm_eps": 1e-5}
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family({"sliding_window": 4096}, every),
-    "ministral": Family({"sliding_window": 4096}, every),
-    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every),
-    "qwen2": Family(QWEN, late),
-    "qwen3": Family(QWEN | {"head_dim": 128}, late),
-    "gemma": Family(GEMMA, norm_style="gemma", sqrt_embedding=True),
-    "gemma2": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-                              "final_logit_softcapping": 30.0}, even, "gemma", True, keys=CAPS),
-    "gemma3_text": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
-                                   "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
-                          patterned, "gemma", True, plain_local_rope=True, keys=CAPS),
-    "phi3": Family({"rms_norm_eps": 1e-5}, every),
-    "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False}, without_rope,
-                      keys=("no_rope_layers",)),
-    "olmo2": Family(OLMO, norm_style="float32"),
-    "olmo3": Family(OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
-                    "float32", plain_local_rope=True),
-    "granite": Family(keys=GRANITE),
-    "seed_oss": Family({"head_dim": 128}),
-    "internlm3": Family(),
-    "exaone4": Family({"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
-                      rope_needs_window=True),
-}
-DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "max_position_embeddings": 2048}
-WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}     # multimodal: the text part's model_type, if unsaid
-VISION = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# Keys that change the mathematics, and that a family without them would ignore silently
-GUARDED = (*GRANITE, *CAPS, "no_rope_layers", "clip_qkv", "use_bidirectional_attention")
-
-
-def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
-    """ModelArgs of an opened checkpoint; raises CheckpointError for what this Transformer is not."""
-    if source.own:
-        return own_args(source)
-    text = source.config.get("text_config") or source.config
-    if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
-        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{text.get('model_type')}') cannot "
-                              "be loaded yet")
-    args, source.tensors = args_from(source.config, source.tensors, trust_architecture)
-    return args
-
-
-def args_from(config: dict, tensors: dict[str, Stored | None], trust: bool = False) -> tuple[ModelArgs, dict]:
-    """config.json and tensors (or bare names, with None) -> ModelArgs, and the text part's tensors."""
-    refuse_quantized(config)
-    config, tensors = text_part(config, tensors)
-    for name in tensors:
-        check_place(name, tensors, config.get("model_type"))
-    family = find_family(config, trust)
-    c = DEFAULTS | family.defaults | config
-    check_guarded(c, family)
-    try:
-        c |= {k: v for k, v in sizes(c, tensors).items() if c.get(k) is None}
-        layers = c["num_hidden_layers"]
-        ropes, layer_ropes, windows = layer_kinds(c, family, layers)
-        return ModelArgs(
-            vocab_size=c["vocab_size"], dim=c["hidden_size"], n_layers=layers, n_heads=c["num_attention_heads"],
-            n_kv_heads=c.get("num_key_value_heads") or 0, head_dim=c.get("head_dim") or 0,
-            ffn_dim=c["intermediate_size"], max_position=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"],
-            norm_style=family.norm_style, activation=activation(c, family), ropes=ropes, layer_ropes=layer_ropes,
-            layer_windows=windows, **switches(tensors, c), **scalars(c, family)), tensors
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks {error}") from None
-
-
-def refuse_quantized(config: dict):
-    for c in (config, config.get("text_config") or {}):
-        found = c.get("quantization_config") or c.get("quantization")
-        if found:
-            method = (found.get("quant_method") if isinstance(found, dict) else found) \
-                or ("MLX" if "quantization" in c else "unnamed")
-            raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the repository "
-                                  "with the bfloat16 weights")
-
-
-def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
-    """Of a multimodal model the language model: its config, and its tensors without the vision tower's. Such configs
-    leave out whatever equals the class default, so that sizes come from the tensors."""
-    if str(config.get("model_type")) not in WRAPPERS:
-        return config, tensors
-    if not isinstance(config.get("text_config"), dict):
-        raise CheckpointError("config.json lacks 'text_config'")
-    tensors = {name: t for name, t in tensors.items() if not VISION.match(name)}
-    text = {"model_type": WRAPPERS[config["model_type"]]} | config["text_config"]
-    text |= {k: config[k] for k in ("tie_word_embeddings",) if k in config}
-    return {k: v for k, v in measured(text, tensors).items() if k not in text} | text, tensors
-
-
-def measured(config: dict, tensors: dict[str, Stored | None]) -> dict:
-    """The sizes that can be seen in the tensors, given the head width."""
-    shapes = {where[0]: t.shape for name, t in tensors.items() if t and (where := place(name, tensors))}
-    parts = {where: t.shape[0] for name, t in tensors.items() if t and (where := place(name, tensors))}
-    family = FAMILIES.get(config.get("model_type"), Family())
-    found = {}
-    if "tok_embeddings.weight" in shapes:
-        found["vocab_size"], found["hidden_size"] = shapes["tok_embeddings.weight"][0], shapes["tok_embeddings.weight"][-1]
-    if "layers.0.feed_forward.w2.weight" in shapes:
-        found["intermediate_size"] = shapes["layers.0.feed_forward.w2.weight"][-1]
-    found["num_hidden_layers"] = 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("layers.")), default=-1)
-    norm = math.prod(shapes.get("layers.0.attention.q_norm.weight", (0,)))
-    q = parts.get(("layers.0.attention.wqkv.weight", "q"), 0)
-    head_dim = config.get("head_dim") or (norm if norm != q else 0) or family.defaults.get("head_dim")
-    if head_dim and q:
-        found |= {"head_dim": head_dim, "num_attention_heads": q // head_dim,
-                  "num_key_value_heads": parts.get(("layers.0.attention.wqkv.weight", "k"), 0) // head_dim}
-    return found
-
-
-def sizes(config: dict, tensors: dict[str, Stored | None]) -> dict:
-    """Head width and key heads where config.json has null or nothing: from the tensors, else the usual rule."""
-    head_dim = config.get("head_dim") or measured(config, tensors).get("head_dim") \
-        or config["hidden_size"] // config["num_attention_heads"]
-    kv_heads = measured(config | {"head_dim": head_dim}, tensors).get("num_key_value_heads")
-    return {"head_dim": head_dim, "num_key_value_heads": kv_heads or config["num_attention_heads"]}
-
-
-def find_family(config: dict, trust: bool) -> Family:
-    """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
-    mathematics (interleaved rope, for one) can hide behind the same names."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise CheckpointError("config.json lacks 'model_type'")
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if not trust:
-        raise CheckpointError(f"unsupported model: model_type '{kind}' is unknown; its tensors are named like Llama's, "
-                              "so --trust_architecture would load it as one, at your own risk")
-    return Family()
-
-
-def check_guarded(config: dict, family: Family):
-    for key in GUARDED:
-        value = config.get(key)
-        if key not in family.keys and (value is True or value not in (None, False, 1, [])):
-            raise CheckpointError(f"unsupported model: {key} = {value} in config.json (model_type "
-                                  f"'{config['model_type']}')")
-
-
-def activation(config: dict, family: Family) -> str:
-    name = config.get("hidden_activation") or config["hidden_act"]
-    if name not in ACTIVATIONS:
-        raise CheckpointError(f"unsupported model: hidden_act '{name}'; known are {', '.join(ACTIVATIONS)}")
-    return "gelu_tanh" if family.sqrt_embedding and name == "gelu" else ACTIVATIONS[name]   # early Gemma configs
-
-
-def scalars(c: dict, family: Family) -> dict:
-    query = c.get("query_pre_attn_scalar")
-    return {"attention_scale": c.get("attention_multiplier") or (query ** -0.5 if query else 0.0),
-            "attention_softcap": c.get("attn_logit_softcapping") or 0.0,
-            "output_softcap": c.get("final_logit_softcapping") or 0.0,
-            "embedding_scale": c["hidden_size"] ** 0.5 if family.sqrt_embedding else c.get("embedding_multiplier") or 1.0,
-            "residual_scale": c.get("residual_multiplier") or 1.0,
-            "output_scale": 1.0 / (c.get("logits_scaling") or 1.0)}
-
-
-def switches(tensors: dict[str, Stored | None], config: dict) -> dict:
-    """What the tensors themselves say: biases, norms, tied head."""
-    there = {where[0].split(".", 2)[-1] if where[0].startswith("layers.") else where[0]: t
-             for name, t in tensors.items() if (where := place(name, tensors))}
-    qk_norm = ""
-    if "attention.q_norm.weight" in there:
-        stored = there["attention.q_norm.weight"]
-        width = math.prod(stored.shape) if stored else config["head_dim"]
-        qk_norm = "head" if width == config["head_dim"] else "full"
-    norms = {norm: f"{norm}.weight" in there
-             for norm in ("attention_norm", "ffn_norm", "post_attention_norm", "post_ffn_norm")}
-    if not (norms["attention_norm"] or norms["post_attention_norm"]) or not (norms["ffn_norm"] or norms["post_ffn_norm"]):
-        raise CheckpointError(f"unsupported model: half of a block has no norm (model_type '{config['model_type']}')")
-    both = {"tok_embeddings.weight", "output.weight"} <= set(there)      # then the stored head counts, whatever is said
-    return norms | {"qk_norm": qk_norm, "tied": not both and config.get("tie_word_embeddings") is not False,
-                    "qkv_bias": "attention.wqkv.bias" in there, "o_bias": "attention.wo.bias" in there,
-                    "ffn_bias": "feed_forward.w2.bias" in there, "output_bias": "output.bias" in there}
-
-
-def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], list[int], list[int]]:
-    """ropes, and per layer the rope and the window. Two ropes where layers with a window have their own."""
-    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
-    types = c.get("layer_types") or ["sliding_attention" if window and family.slides(i, c) else "full_attention"
-                                     for i in range(layers)]
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise CheckpointError(f"unsupported model: layer_types has '{sorted(unknown)[0]}'")
-    local = [t == "sliding_attention" for t in types]
-    if any(local) and not c.get("sliding_window"):
-        raise CheckpointError("config.json has layers with a sliding window, but no 'sliding_window'")
-    full, sliding = rope_settings(c, family)
-    ropes = [rope_args(full, c)] + ([rope_args(sliding, c)] if sliding else [])
-    layer_ropes = [int(slides and bool(sliding)) for slides in local]
-    if "no_rope_layer_interval" in family.defaults:
-        layer_ropes = [0 if has_rope(i, c) else -1 for i in range(layers)]
-    if family.rope_needs_window and c.get("sliding_window"):
-        layer_ropes = [0 if slides else -1 for slides in local]
-    return ropes, layer_ropes, [c["sliding_window"] if slides else 0 for slides in local]
-
-
-def rope_settings(c: dict, family: Family) -> tuple[dict, dict | None]:
-    """The rope of full layers and, if it differs, of those with a window, out of either dialect: rope_theta and
-    rope_scaling, or rope_parameters, which may be nested by layer type."""
-    found = c.get("rope_parameters") or {}
-    nested = {k: v for k, v in found.items() if isinstance(v, dict)}
-    theta = {"rope_theta": c["rope_theta"]}
-    full = theta | (nested.get("full_attention") or {} if nested else found) | (c.get("rope_scaling") or {})
-    if not family.plain_local_rope:
-        return full, None
-    local = {"rope_theta": c.get("rope_local_base_freq") or full["rope_theta"]}
-    return full, local | (nested.get("sliding_attention") or {})
-
-
-ROPE_KEYS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-             "longrope": ("short_factor", "long_factor")}
-
-
-def rope_args(settings: dict, c: dict) -> RopeArgs:
-    """One rope; `settings` is a rope_parameters dict with its rope_theta."""
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind == "su" or kind == "yarn" and c["model_type"] == "phi3":
-        kind = "longrope"
-    if kind not in ROPE_KEYS:
-        raise CheckpointError(f"unsupported model: rope kind '{kind}'; known are {', '.join(ROPE_KEYS)}")
-    partial = settings.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
-    scaling = {k: v for k, v in settings.items() if v is not None
-               and k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
-    if kind != "default" and c.get("original_max_position_embeddings"):     # at the top it wins
-        scaling["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    missing = [k for k in ROPE_KEYS[kind] if k not in scaling]
-    if missing:
-        raise CheckpointError(f"config.json lacks '{missing[0]}' for its rope of kind '{kind}'")
-    dim = int(c["head_dim"] * partial)
-    for key in ("short_factor", "long_factor"):
-        if kind == "longrope" and len(scaling[key]) != dim // 2:
-            raise CheckpointError(f"config.json has {len(scaling[key])} numbers in {key}; {dim // 2} are needed")
-    return RopeArgs(theta=settings["rope_theta"], kind=kind, dim=dim, scaling=scaling if kind != "default" else {})
-
-
-# ---- tensor names --------------------------------------------------------------------------------------------------
-
-NAMES = {   # within a layer: foreign module -> our module and its part, "" for the whole
-    "self_attn.q_proj": ("attention.wqkv", "q"),
-    "self_attn.k_proj": ("attention.wqkv", "k"),
-    "self_attn.v_proj": ("attention.wqkv", "v"),
-    "self_attn.qkv_proj": ("attention.wqkv", ""),
-    "self_attn.o_proj": ("attention.wo", ""),
-    "self_attn.q_norm": ("attention.q_norm", ""),
-    "self_attn.k_norm": ("attention.k_norm", ""),
-    "mlp.gate_proj": ("feed_forward.w13", "gate"),
-    "mlp.up_proj": ("feed_forward.w13", "up"),
-    "mlp.gate_up_proj": ("feed_forward.w13", ""),
-    "mlp.down_proj": ("feed_forward.w2", ""),
-    "input_layernorm": ("attention_norm", ""),
-    "post_attention_layernorm": ("ffn_norm", ""),               # unless there is a post_feedforward_layernorm
-    "pre_feedforward_layernorm": ("ffn_norm", ""),
-    "post_feedforward_layernorm": ("post_ffn_norm", ""),
-}
-NATIVE_NAMES = {    # Meta, Mistral, llama2.c, gpt-fast; all with interleaved rope
-    "attention.wq": ("attention.wqkv", "q"),
-    "attention.wk": ("attention.wqkv", "k"),
-    "attention.wv": ("attention.wqkv", "v"),
-    "attention.wqkv": ("attention.wqkv", ""),
-    "attention.wo": ("attention.wo", ""),
-    "feed_forward.w1": ("feed_forward.w13", "gate"),
-    "feed_forward.w3": ("feed_forward.w13", "up"),
-    "feed_forward.w2": ("feed_forward.w2", ""),
-    "attention_norm": ("attention_norm", ""),
-    "ffn_norm": ("ffn_norm", ""),
-}
-OUTER = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
-NATIVE_OUTER = {"tok_embeddings": "tok_embeddings", "norm": "norm", "output": "output"}
-PREFIX = re.compile(r"^(_orig_mod\.|module\.|model\.|language_model\.)*")
-LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin|cis)$|\.attn\.masked_bias$")
-
-
-@dataclass
-class Part:
-    """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its rows are
-    in interleaved order, head by head; 0: they are as ours."""
-    source: str
-    start: int
-    stop: int
-    first: int = 0
-    head_dim: int = 0
-
-
-def place(name: str, names) -> tuple[str, str] | None:
-    """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no place."""
-    if LEFTOVERS.search(name):
-        return None
-    inner = PREFIX.sub("", name)
-    module, _, leaf = inner.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        raise KeyError(name)
-    if not module.startswith("layers."):
-        return f"{(OUTER | NATIVE_OUTER)[module]}.{leaf}", ""
-    _, layer, module = module.split(".", 2)
-    ours, part = (NAMES | NATIVE_NAMES)[module]
-    if module == "post_attention_layernorm" and \
-            name.replace("post_attention_layernorm", "post_feedforward_layernorm") in names:
-        ours = "post_attention_norm"
-    return f"layers.{layer}.{ours}.{leaf}", part
-
-
-def check_place(name: str, names, model_type: str | None) -> tuple[str, str] | None:
-    try:
-        return place(name, names)
-    except (KeyError, ValueError):
-        raise CheckpointError(f"unsupported model: tensor '{name}' (model_type '{model_type}') has no place in this "
-                              "Transformer") from None
-
-
-def plan(model: Transformer, names, model_type: str | None = None, own: bool = False) -> dict[str, list[Part]]:
-    """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a name
-    without a place, or a parameter without all its rows, raises CheckpointError."""
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    steps = {name: [] for name in shapes}
-    rows = part_rows(model.args)
-    tied_to = "tok_embeddings.weight" if model.args.tied else "output.weight"
-    for name in names:
-        where = (name, "") if own else check_place(name, names, model_type)
-        if where is None:
-            continue
-        parameter, part = where
-        parameter = tied_to if parameter == "output.weight" else parameter
-        if parameter not in shapes:
-            raise CheckpointError(f"unsupported model: tensor '{name}' (model_type '{model_type}') has no place in this "
-                                  "Transformer")
-        interleaved = not own and ".attention.w" in name and parameter.split(".")[-2] == "wqkv"
-        steps[parameter] += parts_of(name, rows.get(part) or (0, shapes[parameter][0]), part, interleaved, model.args)
-    for parameter, parts in steps.items():
-        check_cover(parameter, parts, shapes[parameter][0], rows, names)
-    return steps
-
-
-def part_rows(args: ModelArgs) -> dict[str, tuple[int, int]]:
-    q, kv, f = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.ffn_dim
-    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}
-
-
-def parts_of(name: str, span: tuple[int, int], part: str, interleaved: bool, args: ModelArgs) -> list[Part]:
-    if not interleaved:
-        return [Part(name, *span)]
-    if part:
-        return [Part(name, *span, head_dim=args.head_dim if part in "qk" else 0)]
-    rows = part_rows(args)                                      # fused: q and k are reordered, v is not
-    return [Part(name, *rows[p], first=rows[p][0], head_dim=args.head_dim if p in "qk" else 0) for p in "qkv"]
-
-
-def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names):
-    """Every row once."""
-    at = 0
-    for part in sorted(parts, key=lambda p: p.start):
-        if part.start < at:
-            raise CheckpointError(f"two tensors fill the same rows of '{parameter}': '{part.source}' is one too many")
-        if part.start > at:
-            break
-        at = part.stop
-    if at != size:
-        lacking = next((p for p, span in rows.items() if parts and span[0] == at
-                        and (p in "qkv") == ("wqkv" in parameter)), "")
-        raise CheckpointError(f"the checkpoint lacks tensor '{foreign_name(parameter, lacking, names)}'")
-
-
-def foreign_name(parameter: str, part: str, names) -> str:
-    """Our parameter under the name it would have among `names`."""
-    native = any(".attention.w" in n for n in names)
-    module, _, leaf = parameter.rpartition(".")
-    outer = {ours: n for n, ours in (NATIVE_OUTER if native else OUTER).items()}
-    if not module.startswith("layers."):
-        return f"{outer.get(module, module)}.{leaf}" if native or module == "output" else f"model.{outer.get(module)}.{leaf}"
-    _, layer, module = module.split(".", 2)
-    part = part or {"attention.wqkv": "q", "feed_forward.w13": "gate"}.get(module, "")
-    inner = {ours: n for n, ours in (NATIVE_NAMES if native else NAMES).items()}
-    return f"{'' if native else 'model.'}layers.{layer}.{inner.get((module, part), module)}.{leaf}"
-
-
-def check_shapes(model: Transformer, source: Source, steps: dict[str, list[Part]]):
-    """Each stored tensor is as large as its place."""
-    for parameter, empty in model.state_dict().items():
-        by_source = Counter()
-        for part in steps[parameter]:
-            by_source[part.source] += part.stop - part.start
-        for name, rows in by_source.items():
-            stored, wanted = source.tensors[name], (rows, *empty.shape[1:])
-            if stored.shape != wanted:
-                raise CheckpointError(f"tensor '{name}' has shape {list(stored.shape)} where {list(wanted)} is needed")
-            if empty.is_floating_point() and (not stored.dtype.is_floating_point or stored.dtype.itemsize < 2):
-                raise CheckpointError(f"tensor '{name}' is stored as {stored.dtype}: quantized weights of an unknown "
-                                      "kind")
-
-
 # ---- our own files -------------------------------------------------------------------------------------------------
 
 def save_checkpoint(model: Transformer, path: str | Path, metadata: dict | None = None):
@@ -959,8 +541,9 @@ def save_checkpoint(model: Transformer, path: str | Path, metadata: dict | None 
     writers = {".safetensors": write_safetensors, ".pth": write_pth}
     if path.suffix not in writers:
         raise CheckpointError(f"cannot save to '{path}': the name must end in .safetensors or .pth")
-    about = json.loads(json.dumps({"version": FORMAT_VERSION, "config": model.args.to_dict(), "quantization": None, "generation_config": {},
-             "source_config": {}, "source": "", "versions": {"torch": torch.__version__}} | (metadata or {})))   # plain types only
+    about = {"version": FORMAT_VERSION, "config": model.args.to_dict(), "quantization": None, "generation_config": {},
+             "source_config": {}, "source": "", "versions": {"torch": torch.__version__}} | (metadata or {})
+    about = json.loads(json.dumps(about))               # plain types, which every reader of a .pth accepts
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -1017,7 +600,7 @@ def resolve(path: str | Path) -> Path:
 
 
 HUB_TEXTS = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model*", "merges.txt"]
-HUB_WEIGHTS = [["*.safetensors"], ["pytorch_model*.bin"], ["consolidated*", "*.pth", "*.pt", "*.bin"]]  # the first found
+HUB_WEIGHTS = [["*.safetensors"], ["pytorch_model*.bin"], ["consolidated*", "*.pth", "*.pt", "*.bin"]]  # first found
 
 
 def download(repo: str, *, folder: str | Path | None = None, token: str | None = None) -> Path:

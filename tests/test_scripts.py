@@ -196,7 +196,8 @@ def test_prepare_downloads_and_converts(hub, tmp_path):
     """Run in a copy of the repository's few files, as the target folder lies beside them."""
     root = tmp_path / "copy"
     (root / "scripts").mkdir(parents=True)
-    for name in ("model.py", "checkpoint.py", "scripts/download.py", "scripts/convert_hf_checkpoint.py", "scripts/prepare.sh"):
+    for name in ("model.py", "architecture.py", "checkpoint.py", "scripts/download.py",
+                 "scripts/convert_hf_checkpoint.py", "scripts/prepare.sh"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     done = run("bash", root / "scripts" / "prepare.sh", "some/model", cwd=tmp_path, **hub)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,440 @@
+"""Which model is it: config.json and tensor names to ModelArgs, and each foreign tensor to its place in our model.
+
+What it is: the only file that knows model families, foreign config keys and foreign tensor names. Three nets keep
+wrong models out: every tensor must have a place and every parameter all its rows; a model_type must be in FAMILIES;
+keys that change the mathematics must be ones the family defines. What it is not: nothing here opens a file or reads
+a weight, so that all of it can be checked on names alone.
+
+Reading order: `FAMILIES`, `args_from` and what it calls (config.json to ModelArgs); `NAMES`, `place`, `plan` (tensor
+names to parameters). Then checkpoint.py, which opens the files and copies what is planned here.
+"""
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Callable
+
+from model import ModelArgs, RopeArgs, Transformer
+
+
+class CheckpointError(ValueError):
+    """One sentence for the user: what was found, where, and the way out."""
+
+
+# ---- config.json -> ModelArgs --------------------------------------------------------------------------------------
+
+@dataclass
+class Family:
+    """What a model_type implies beyond its config.json and its tensors. `defaults`: keys its config may leave out."""
+    defaults: dict = field(default_factory=dict)
+    slides: Callable[[int, dict], bool] = lambda i, c: False    # layers with a window, if `layer_types` is absent
+    norm_style: str = "llama"
+    sqrt_embedding: bool = False
+    plain_local_rope: bool = False                              # layers with a window do without rope scaling
+    rope_needs_window: bool = False                             # with a window in the model, other layers have no rope
+    keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
+
+
+def every(i, c):
+    return True
+
+
+def late(i, c):
+    return i >= c["max_window_layers"]
+
+
+def even(i, c):
+    return i % 2 == 0
+
+
+def patterned(i, c):
+    """A period, whose last layer is full, or a string such as LLLG."""
+    p = c["sliding_window_pattern"]
+    return p[i % len(p)] == "L" if isinstance(p, str) else bool((i + 1) % p) if p else False
+
+
+def has_rope(i, c):
+    """SmolLM3's list, in which 1 means that the layer rotates, or its interval."""
+    return c["no_rope_layers"][i] if c.get("no_rope_layers") else (i + 1) % c["no_rope_layer_interval"]
+
+
+def without_rope(i, c):
+    return not has_rope(i, c)
+
+
+QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256}
+GRANITE = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
+OLMO = {"rms_norm_eps": 1e-5}
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family({"sliding_window": 4096}, every),
+    "ministral": Family({"sliding_window": 4096}, every),
+    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every),
+    "qwen2": Family(QWEN, late),
+    "qwen3": Family(QWEN | {"head_dim": 128}, late),
+    "gemma": Family(GEMMA, norm_style="gemma", sqrt_embedding=True),
+    "gemma2": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+                              "final_logit_softcapping": 30.0}, even, "gemma", True, keys=CAPS),
+    "gemma3_text": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
+                                   "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+                          patterned, "gemma", True, plain_local_rope=True, keys=CAPS),
+    "phi3": Family({"rms_norm_eps": 1e-5}, every),
+    "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False}, without_rope,
+                      keys=("no_rope_layers",)),
+    "olmo2": Family(OLMO, norm_style="float32"),
+    "olmo3": Family(OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
+                    "float32", plain_local_rope=True),
+    "granite": Family(keys=GRANITE),
+    "seed_oss": Family({"head_dim": 128}),
+    "internlm3": Family({"rms_norm_eps": 1e-5, "head_dim": 128}),
+    "exaone4": Family({"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
+                      rope_needs_window=True),
+}
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "max_position_embeddings": 2048}
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}     # multimodal: the text part's model_type, if unsaid
+VISION = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# Keys that change the mathematics, and that a family without them would ignore silently
+GUARDED = (*GRANITE, *CAPS, "no_rope_layers", "clip_qkv", "use_bidirectional_attention")
+
+
+def args_from(config: dict, tensors: dict, trust: bool = False) -> tuple[ModelArgs, dict]:
+    """config.json and tensors (name -> whatever has a shape, or None) -> ModelArgs, and the text part's tensors."""
+    refuse_quantized(config)
+    config, tensors = text_part(config, tensors)
+    places = all_places(tensors, config.get("model_type"))
+    family = find_family(config, trust)
+    c = DEFAULTS | family.defaults | config
+    check_guarded(c, family)
+    try:
+        c |= {k: v for k, v in sizes(c, places).items() if c.get(k) is None}
+        ropes, layer_ropes, windows = layer_kinds(c, family, c["num_hidden_layers"])
+        return ModelArgs(
+            vocab_size=c["vocab_size"], dim=c["hidden_size"], n_layers=c["num_hidden_layers"],
+            n_heads=c["num_attention_heads"], n_kv_heads=c["num_key_value_heads"], head_dim=c["head_dim"],
+            ffn_dim=c["intermediate_size"], max_position=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"],
+            norm_style=family.norm_style, activation=activation(c, family), ropes=ropes, layer_ropes=layer_ropes,
+            layer_windows=windows, **switches(c, places), **scalars(c, family)), tensors
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error}") from None
+
+
+def all_places(tensors: dict, model_type: str | None) -> dict[tuple[str, str], tuple[int, ...] | None]:
+    """Every (parameter, part) that the tensors fill, with its shape if it is known."""
+    places = {check_place(name, tensors, model_type): stored and stored.shape for name, stored in tensors.items()}
+    return {where: shape for where, shape in places.items() if where}
+
+
+def refuse_quantized(config: dict):
+    for c in (config, config.get("text_config") or {}):
+        found = c.get("quantization_config") or c.get("quantization")
+        if found:
+            method = (found.get("quant_method") if isinstance(found, dict) else found) \
+                or ("MLX" if "quantization" in c else "unnamed")
+            raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the repository "
+                                  "with the bfloat16 weights")
+
+
+def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
+    """Of a multimodal model the language model: its config, and its tensors without the vision tower's. Such configs
+    leave out whatever equals the class default, so that sizes come from the tensors."""
+    if str(config.get("model_type")) not in WRAPPERS:
+        return config, tensors
+    if not isinstance(config.get("text_config"), dict):
+        raise CheckpointError("config.json lacks 'text_config'")
+    tensors = {name: t for name, t in tensors.items() if not VISION.match(name)}
+    text = {"model_type": WRAPPERS[config["model_type"]]} | config["text_config"]
+    text |= {k: config[k] for k in ("tie_word_embeddings",) if k in config}
+    return measured(text, all_places(tensors, text["model_type"])) | text, tensors
+
+
+def measured(config: dict, places: dict) -> dict:
+    """The sizes that can be seen in the tensors' shapes."""
+    def shape(parameter, part=""):
+        return places.get((parameter, part)) or (0, 0)
+    layers = [int(parameter.split(".")[1]) for parameter, _ in places if parameter.startswith("layers.")]
+    q = shape("layers.0.attention.wqkv.weight", "q")[0]
+    norm = shape("layers.0.attention.q_norm.weight")[0]         # over one head, or over all of them
+    head_dim = config.get("head_dim") or (norm if norm != q else 0) \
+        or FAMILIES.get(config.get("model_type"), Family()).defaults.get("head_dim") or 0
+    found = {"vocab_size": shape("tok_embeddings.weight")[0], "hidden_size": shape("tok_embeddings.weight")[-1],
+             "intermediate_size": shape("layers.0.feed_forward.w2.weight")[-1], "head_dim": head_dim,
+             "num_hidden_layers": 1 + max(layers, default=-1)}
+    if head_dim:
+        found["num_attention_heads"] = q // head_dim
+        found["num_key_value_heads"] = shape("layers.0.attention.wqkv.weight", "k")[0] // head_dim
+    return {key: size for key, size in found.items() if size}
+
+
+def sizes(config: dict, places: dict) -> dict:
+    """Head width and key heads where config.json has null or nothing: from the tensors, else the usual rule."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or measured(config, places).get("head_dim") or config["hidden_size"] // heads
+    kv_heads = measured(config | {"head_dim": head_dim}, places).get("num_key_value_heads")
+    return {"head_dim": head_dim, "num_key_value_heads": kv_heads or heads}
+
+
+def find_family(config: dict, trust: bool) -> Family:
+    """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
+    mathematics (interleaved rope, for one) can hide behind the same names."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError("config.json lacks 'model_type'")
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if not trust:
+        raise CheckpointError(f"unsupported model: model_type '{kind}' is unknown; its tensors are named like Llama's, "
+                              "so --trust_architecture would load it as one, at your own risk")
+    return Family()
+
+
+def check_guarded(config: dict, family: Family):
+    for key in GUARDED:
+        value = config.get(key)
+        if key not in family.keys and (value is True or value not in (None, False, 1, [])):
+            raise CheckpointError(f"unsupported model: {key} = {value} in config.json (model_type "
+                                  f"'{config['model_type']}')")
+
+
+def activation(config: dict, family: Family) -> str:
+    name = config.get("hidden_activation") or config["hidden_act"]
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"unsupported model: hidden_act '{name}'; known are {', '.join(ACTIVATIONS)}")
+    return "gelu_tanh" if family.sqrt_embedding and name == "gelu" else ACTIVATIONS[name]   # early Gemma configs
+
+
+def scalars(c: dict, family: Family) -> dict:
+    query = c.get("query_pre_attn_scalar")
+    return {"attention_scale": c.get("attention_multiplier") or (query ** -0.5 if query else 0.0),
+            "attention_softcap": c.get("attn_logit_softcapping") or 0.0,
+            "output_softcap": c.get("final_logit_softcapping") or 0.0,
+            "embedding_scale": c["hidden_size"] ** 0.5 if family.sqrt_embedding
+            else c.get("embedding_multiplier") or 1.0,
+            "residual_scale": c.get("residual_multiplier") or 1.0,
+            "output_scale": 1.0 / (c.get("logits_scaling") or 1.0)}
+
+
+def switches(config: dict, places: dict) -> dict:
+    """What the tensors themselves say: biases, norms, tied head."""
+    there = {re.sub(r"^layers\.\d+\.", "", parameter): shape for (parameter, _), shape in places.items()}
+    qk_norm = ""
+    if "attention.q_norm.weight" in there:
+        shape = there["attention.q_norm.weight"]
+        qk_norm = "head" if shape is None or math.prod(shape) == config["head_dim"] else "full"
+    norms = {norm: f"{norm}.weight" in there
+             for norm in ("attention_norm", "ffn_norm", "post_attention_norm", "post_ffn_norm")}
+    for half in ("attention", "ffn"):
+        if not (norms[f"{half}_norm"] or norms[f"post_{half}_norm"]):
+            raise CheckpointError(f"unsupported model: the {half} has no norm (model_type '{config['model_type']}')")
+    stored_head = {"tok_embeddings.weight", "output.weight"} <= set(there)      # it counts, whatever the config says
+    return norms | {"qk_norm": qk_norm,
+                    "tied": not stored_head and config.get("tie_word_embeddings") is not False,
+                    "qkv_bias": "attention.wqkv.bias" in there, "o_bias": "attention.wo.bias" in there,
+                    "ffn_bias": "feed_forward.w2.bias" in there, "output_bias": "output.bias" in there}
+
+
+def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], list[int], list[int]]:
+    """ropes, and per layer the rope and the window. Two ropes where layers with a window have their own."""
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    types = c.get("layer_types") or ["sliding_attention" if window and family.slides(i, c) else "full_attention"
+                                     for i in range(layers)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise CheckpointError(f"unsupported model: layer_types has '{sorted(unknown)[0]}'")
+    local = [t == "sliding_attention" for t in types]
+    if any(local) and not c.get("sliding_window"):
+        raise CheckpointError("config.json has layers with a sliding window, but no 'sliding_window'")
+    full, sliding = rope_settings(c, family)
+    ropes = [rope_args(full, c)] + ([rope_args(sliding, c)] if sliding else [])
+    layer_ropes = [int(slides and bool(sliding)) for slides in local]
+    if "no_rope_layer_interval" in family.defaults:
+        layer_ropes = [0 if has_rope(i, c) else -1 for i in range(layers)]
+    if family.rope_needs_window and c.get("sliding_window"):
+        layer_ropes = [0 if slides else -1 for slides in local]
+    return ropes, layer_ropes, [c["sliding_window"] if slides else 0 for slides in local]
+
+
+def rope_settings(c: dict, family: Family) -> tuple[dict, dict | None]:
+    """The rope of full layers and, if it differs, of those with a window, out of either dialect: rope_theta and
+    rope_scaling, or rope_parameters, which may be nested by layer type."""
+    found = c.get("rope_parameters") or {}
+    nested = {k: v for k, v in found.items() if isinstance(v, dict)}
+    theta = {"rope_theta": c["rope_theta"]}
+    full = theta | (nested.get("full_attention") or {} if nested else found) | (c.get("rope_scaling") or {})
+    if not family.plain_local_rope:
+        return full, None
+    local = {"rope_theta": c.get("rope_local_base_freq") or full["rope_theta"]}
+    return full, local | (nested.get("sliding_attention") or {})
+
+
+ROPE_KEYS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+             "longrope": ("short_factor", "long_factor")}
+
+
+def rope_args(settings: dict, c: dict) -> RopeArgs:
+    """One rope; `settings` is a rope_parameters dict with its rope_theta."""
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "su" or kind == "yarn" and c["model_type"] == "phi3":
+        kind = "longrope"
+    if kind not in ROPE_KEYS:
+        raise CheckpointError(f"unsupported model: rope kind '{kind}'; known are {', '.join(ROPE_KEYS)}")
+    partial = settings.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    scaling = {k: v for k, v in settings.items() if v is not None
+               and k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
+    if kind != "default" and c.get("original_max_position_embeddings"):     # at the top it wins
+        scaling["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    missing = [k for k in ROPE_KEYS[kind] if k not in scaling]
+    if missing:
+        raise CheckpointError(f"config.json lacks '{missing[0]}' for its rope of kind '{kind}'")
+    dim = int(c["head_dim"] * partial)
+    for key in ("short_factor", "long_factor"):
+        if kind == "longrope" and len(scaling[key]) != dim // 2:
+            raise CheckpointError(f"config.json has {len(scaling[key])} numbers in {key}; {dim // 2} are needed")
+    return RopeArgs(theta=settings["rope_theta"], kind=kind, dim=dim, scaling=scaling if kind != "default" else {})
+
+
+# ---- tensor names --------------------------------------------------------------------------------------------------
+
+NAMES = {   # within a layer: foreign module -> our module and its part, "" for the whole
+    "self_attn.q_proj": ("attention.wqkv", "q"),
+    "self_attn.k_proj": ("attention.wqkv", "k"),
+    "self_attn.v_proj": ("attention.wqkv", "v"),
+    "self_attn.qkv_proj": ("attention.wqkv", ""),
+    "self_attn.o_proj": ("attention.wo", ""),
+    "self_attn.q_norm": ("attention.q_norm", ""),
+    "self_attn.k_norm": ("attention.k_norm", ""),
+    "mlp.gate_proj": ("feed_forward.w13", "gate"),
+    "mlp.up_proj": ("feed_forward.w13", "up"),
+    "mlp.gate_up_proj": ("feed_forward.w13", ""),
+    "mlp.down_proj": ("feed_forward.w2", ""),
+    "input_layernorm": ("attention_norm", ""),
+    "post_attention_layernorm": ("ffn_norm", ""),               # unless there is a post_feedforward_layernorm
+    "pre_feedforward_layernorm": ("ffn_norm", ""),
+    "post_feedforward_layernorm": ("post_ffn_norm", ""),
+}
+NATIVE_NAMES = {    # Meta, Mistral, llama2.c, gpt-fast; all with interleaved rope
+    "attention.wq": ("attention.wqkv", "q"),
+    "attention.wk": ("attention.wqkv", "k"),
+    "attention.wv": ("attention.wqkv", "v"),
+    "attention.wqkv": ("attention.wqkv", ""),
+    "attention.wo": ("attention.wo", ""),
+    "feed_forward.w1": ("feed_forward.w13", "gate"),
+    "feed_forward.w3": ("feed_forward.w13", "up"),
+    "feed_forward.w2": ("feed_forward.w2", ""),
+    "attention_norm": ("attention_norm", ""),
+    "ffn_norm": ("ffn_norm", ""),
+}
+OUTER = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
+NATIVE_OUTER = {"tok_embeddings": "tok_embeddings", "norm": "norm", "output": "output"}
+PREFIX = re.compile(r"^(_orig_mod\.|module\.|model\.|language_model\.)*")
+LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin|cis)$|\.attn\.masked_bias$")
+
+
+@dataclass
+class Part:
+    """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its rows are
+    in interleaved order, head by head; 0: they are as ours."""
+    source: str
+    start: int
+    stop: int
+    first: int = 0
+    head_dim: int = 0
+
+
+def place(name: str, names) -> tuple[str, str] | None:
+    """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no place."""
+    if LEFTOVERS.search(name):
+        return None
+    inner = PREFIX.sub("", name)
+    module, _, leaf = inner.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        raise KeyError(name)
+    if not module.startswith("layers."):
+        return f"{(OUTER | NATIVE_OUTER)[module]}.{leaf}", ""
+    _, layer, module = module.split(".", 2)
+    ours, part = (NAMES | NATIVE_NAMES)[module]
+    if module == "post_attention_layernorm" and \
+            name.replace("post_attention_layernorm", "post_feedforward_layernorm") in names:
+        ours = "post_attention_norm"
+    return f"layers.{layer}.{ours}.{leaf}", part
+
+
+def check_place(name: str, names, model_type: str | None) -> tuple[str, str] | None:
+    try:
+        return place(name, names)
+    except (KeyError, ValueError):
+        raise no_place(name, model_type) from None
+
+
+def no_place(name: str, model_type: str | None) -> CheckpointError:
+    kind = f" (model_type '{model_type}')" if model_type else ""
+    return CheckpointError(f"unsupported model: tensor '{name}'{kind} has no place in this Transformer")
+
+
+def plan(model: Transformer, names, model_type: str | None = None, own: bool = False) -> dict[str, list[Part]]:
+    """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a name
+    without a place, or a parameter without all its rows, raises CheckpointError."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    steps = {name: [] for name in shapes}
+    rows = part_rows(model.args)
+    tied_to = "tok_embeddings.weight" if model.args.tied else "output.weight"
+    for name in names:
+        where = (name, "") if own else check_place(name, names, model_type)
+        if where is None:
+            continue
+        parameter, part = where
+        parameter = tied_to if parameter == "output.weight" else parameter
+        if parameter not in shapes:
+            raise no_place(name, model_type)
+        interleaved = not own and ".attention.w" in name and parameter.split(".")[-2] == "wqkv"
+        span = rows.get(part) or (0, shapes[parameter][0])
+        steps[parameter] += parts_of(name, span, part, interleaved, model.args)
+    for parameter, parts in steps.items():
+        check_cover(parameter, parts, shapes[parameter][0], rows, names)
+    return steps
+
+
+def part_rows(args: ModelArgs) -> dict[str, tuple[int, int]]:
+    q, kv, f = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}
+
+
+def parts_of(name: str, span: tuple[int, int], part: str, interleaved: bool, args: ModelArgs) -> list[Part]:
+    if not interleaved:
+        return [Part(name, *span)]
+    if part:
+        return [Part(name, *span, head_dim=args.head_dim if part in "qk" else 0)]
+    rows = part_rows(args)                                      # fused: q and k are reordered, v is not
+    return [Part(name, *rows[p], first=rows[p][0], head_dim=args.head_dim if p in "qk" else 0) for p in "qkv"]
+
+
+def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names):
+    """Every row once."""
+    at = 0
+    for part in sorted(parts, key=lambda p: p.start):
+        if part.start < at:
+            raise CheckpointError(f"two tensors fill the same rows of '{parameter}': '{part.source}' is one too many")
+        if part.start > at:
+            break
+        at = part.stop
+    if at != size:
+        lacking = next((p for p, span in rows.items() if parts and span[0] == at
+                        and (p in "qkv") == ("wqkv" in parameter)), "")
+        raise CheckpointError(f"the checkpoint lacks tensor '{foreign_name(parameter, lacking, names)}'")
+
+
+def foreign_name(parameter: str, part: str, names) -> str:
+    """Our parameter under the name it would have among `names`."""
+    native = any(".attention.w" in n for n in names)
+    module, _, leaf = parameter.rpartition(".")
+    prefix = "" if native or module == "output" else "model."
+    if not module.startswith("layers."):
+        outer = {ours: theirs for theirs, ours in (NATIVE_OUTER if native else OUTER).items()}
+        return f"{prefix}{outer.get(module, module)}.{leaf}"
+    _, layer, module = module.split(".", 2)
+    part = part or {"attention.wqkv": "q", "feed_forward.w13": "gate"}.get(module, "")
+    inner = {ours: theirs for theirs, ours in reversed((NATIVE_NAMES if native else NAMES).items())}
+    return f"{prefix}layers.{layer}.{inner.get((module, part), module)}.{leaf}"
