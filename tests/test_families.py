@@ -303,13 +303,25 @@ def test_absent_keys(name, keys, tmp_path, truth):
     assert difference(load(path)(prompt()), truth(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", sorted({f.model_type for f in FAMILIES.values()}))
-def test_default_rope_of_a_family(model_type, tmp_path):
-    """theta 10000 assumed for everyone: a config without any word on rope, where each class has its own default."""
+MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items() if not family.wrapper}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_class_defaults(model_type, tmp_path):
+    """theta 10000 and epsilon 1e-6 for everyone: a config without a word on rope and norms, left to the class."""
     family = Family(model_type, {} if model_type != "ministral" else {"head_dim": 16})
-    dropped = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "layer_types")
+    dropped = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "layer_types", "rms_norm_eps")
     path = write(family, tmp_path / "m", "old", edit=lambda c: {k: v for k, v in c.items() if k not in dropped})
     assert difference(load(path)(prompt()), reference(path, prompt())) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_bfloat16_norm_of_a_family(model_type, folder):
+    """The right norm for another family: scaled before the cast or after it, which is rounding, but not the same."""
+    name = MODEL_TYPES[model_type]
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 9
+    theirs = build(FAMILIES[name], name).to(torch.bfloat16).model.norm
+    assert torch.equal(load(folder(name), torch.bfloat16).norm(x), theirs(x))
 
 
 @pytest.mark.parametrize("name, config", [
@@ -317,6 +329,7 @@ def test_default_rope_of_a_family(model_type, tmp_path):
                                                      max_window_layers=0, rope_parameters=rope(1e6)))),
     ("SmolLM3 with windows", Family("smollm3", dict(use_sliding_window=True, sliding_window=WINDOW,
                                                     rope_parameters=rope(1e6)))),
+    ("InternLM3's own head width", Family("internlm3", dict(head_dim=128, rms_norm_eps=1e-5))),
     ("Gemma 2 with other caps", Family("gemma2", dict(head_dim=32, attn_logit_softcapping=None, sliding_window=WINDOW,
                                                       final_logit_softcapping=None))),
     ("linear scaling of one kind for all layers", Family("qwen3", dict(
