@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from checkpoint import args_from, load_checkpoint
+from architecture import args_from
+from checkpoint import load_checkpoint
 from model import ModelArgs, RopeArgs, RotaryEmbedding, Transformer, attend, attention_mask
 
 TOLERANCE = 2e-5
