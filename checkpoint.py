@@ -405,7 +405,9 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
     tensors = dict(slices[0])
     if len(slices) == 1:
         return tensors
-    width = math.prod(slices[0]["norm.weight"].shape)
+    if "norm.weight" not in tensors:
+        raise CheckpointError("the consolidated files lack tensor 'norm.weight'")
+    width = math.prod(tensors["norm.weight"].shape)
     for name, first in slices[0].items():
         if len(first.shape) != 2:
             continue                                                        # norms and frequencies are repeated
@@ -440,13 +442,13 @@ def native_args(params: dict, tensors: dict[str, Stored], path: Path) -> dict:
         gate = next(t for n, t in tensors.items() if n.endswith("feed_forward.w2.weight"))
     except StopIteration:
         raise CheckpointError(f"'{path}' has no tok_embeddings.weight or no feed_forward.w2.weight beside it") from None
-    missing = [k for k in ("dim", "n_layers", "n_heads") if k not in params]
-    if missing:
-        raise CheckpointError(f"'{path}' lacks '{missing[0]}'")
+    for key in ("dim", "n_layers", "n_heads"):
+        if not isinstance(params.get(key), int):
+            raise CheckpointError(f"'{path}' lacks '{key}', or it is no whole number")
     theta = params.get("rope_theta") or 10000.0
     config = {"model_type": "llama", "hidden_size": params["dim"], "num_hidden_layers": params["n_layers"],
               "num_attention_heads": params["n_heads"], "num_key_value_heads": params.get("n_kv_heads"),
-              "head_dim": params.get("head_dim"), "intermediate_size": gate.shape[1], "vocab_size": table.shape[0],
+              "head_dim": params.get("head_dim"), "intermediate_size": gate.shape[-1], "vocab_size": table.shape[0],
               "rms_norm_eps": params.get("norm_eps") or 1e-5, "rope_theta": theta,
               "max_position_embeddings": params.get("max_seq_len") or NATIVE_LENGTHS.get(theta, 4096)}
     if params.get("sliding_window"):

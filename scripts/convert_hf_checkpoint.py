@@ -48,8 +48,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a folder or a file that generate.py loads")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
-    parser.add_argument("--output", type=Path, help="a .safetensors or .pth file (default: model_fast.safetensors in the "
-                                                    "same folder)")
+    parser.add_argument("--output", type=Path,
+                        help="a .safetensors or .pth file (default: model_fast.safetensors in the same folder)")
     parser.add_argument("--trust_architecture", action="store_true", help="load an unknown model_type as a Llama")
     parser.add_argument("--model_name", help="not needed: the checkpoint says what it is")
     args = parser.parse_args()

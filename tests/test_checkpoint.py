@@ -528,6 +528,18 @@ def gguf(folder, tensors):
     return folder.parent / "model.gguf"
 
 
+def params_without_heads(folder, tensors):
+    path = write_meta(folder.parent / "meta")
+    (path / "params.json").write_text(json.dumps({k: v for k, v in PARAMS.items() if k != "n_heads"}))
+    return path
+
+
+def params_with_experts(folder, tensors):
+    path = write_meta(folder.parent / "meta")
+    (path / "params.json").write_text(json.dumps(PARAMS | {"moe": {"num_experts": 8}}))
+    return path
+
+
 def pth_without_config(folder, tensors):
     path = write_gpt_fast(folder.parent / "g")
     (path.parent / "config.json").unlink()
@@ -563,6 +575,8 @@ BAD = {     # what is wrong -> what the sentence says
     empty_file: "no checkpoint this program knows",
     gguf: "is a GGUF file",
     pth_without_config: "how many heads",
+    params_without_heads: "lacks 'n_heads'",
+    params_with_experts: "asks for 'moe'",
     config(model_type="absent"): "lacks 'model_type'",
     config(hidden_size="absent"): "lacks 'hidden_size'",
     config(num_attention_heads="absent"): "lacks 'num_attention_heads'",
@@ -577,7 +591,7 @@ BAD = {     # what is wrong -> what the sentence says
     config(rope_scaling={"type": "mrope", "mrope_section": [1]}): "rope kind 'mrope'",
     config(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}): "rope kind 'proportional'",
     config(rope_scaling={"type": "linear"}): "lacks 'factor'",
-    config(rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}): "numbers in short_factor",
+    config(rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}): "in short_factor",
     config(clip_qkv=8.0): "clip_qkv = 8.0",
     config(attention_multiplier=0.5): "attention_multiplier = 0.5",
     config(quantization_config={"quant_method": "gptq", "bits": 4}): "method 'gptq'",
@@ -664,9 +678,9 @@ def test_real_index_files_fit(name, shared_data):
         assert sum(p.numel() for p in model.parameters()) == CHECKED[name]
 
 
-def llama_names(layers: int, head: bool = True) -> list[str]:
+def llama_names(layers: int) -> list[str]:
     inner = {re.sub(r"\.\d+\.", ".{}.", n) for n in llama_tensors()}
-    return [n.format(i) for n in sorted(inner) for i in range(layers if "{}" in n else 1) if head or n != "lm_head.weight"]
+    return [n.format(i) for n in sorted(inner) for i in range(layers if "{}" in n else 1)]
 
 
 @pytest.mark.parametrize("changes, parameters", [
@@ -746,11 +760,8 @@ def test_loading_takes_no_second_copy(form, tmp_path):
         path = tmp_path / "m"
         path.mkdir()
         (path / "config.json").write_text(json.dumps(CONFIG | wide))
-        rows = {s: tuple(model.get_parameter(p).shape) for p, parts in plan(model, llama_names(4)).items()
-                for part in parts for s in [part.source]}
-        rows |= {s: (part.stop - part.start, *model.get_parameter(p).shape[1:])
-                 for p, parts in plan(model, llama_names(4)).items() for part in parts for s in [part.source]}
-        tensors = {n: torch.zeros(shape) for n, shape in rows.items()}
+        tensors = {part.source: torch.zeros(part.stop - part.start, *model.get_parameter(name).shape[1:])
+                   for name, parts in plan(model, llama_names(4)).items() for part in parts}
         save = (lambda t, f: torch.save(t, f)) if form == "bin" else save_file
         save(tensors, path / ("pytorch_model.bin" if form == "bin" else "model.safetensors"))
     root = Path(checkpoint.__file__).parent

@@ -15,7 +15,8 @@ from checkpoint import CheckpointError, end_ids, load_checkpoint, resolve
 from test_checkpoint import TOKENS, llama_tensors, write_hf, write_llama2c
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+ENV |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
 def run(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
@@ -107,7 +108,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.asked.append(file)
             return self.reply(files[file], ETag=f'"{hashlib.sha1(files[file]).hexdigest()}"', X_Repo_Commit="c" * 40)
         if "tree" in parts:
-            listed = [{"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for f, b in files.items()]
+            listed = [{"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                      for f, b in files.items()]
         else:
             listed = {"id": name, "sha": "c" * 40, "siblings": [{"rfilename": f} for f in files]}
         self.reply(json.dumps(listed).encode(), Content_Type="application/json")
@@ -123,8 +125,8 @@ def hub(tmp_path):
     """Environment variables that lead to the server; its repositories hold the tiny Llama in several dresses."""
     folder = write_model(tmp_path / "on-the-hub")
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    noise = {"README.md": b"x", "original/params.json": b"{}", "consolidated.safetensors": b"x", "onnx/model.onnx": b"x",
-             "pytorch_model.bin": b"x"}
+    noise = {"README.md": b"x", "original/params.json": b"{}", "consolidated.safetensors": b"x",
+             "onnx/model.onnx": b"x", "pytorch_model.bin": b"x"}
     torch.save(llama_tensors(), folder / "pytorch_model.bin")
     binary = {n: b for n, b in files.items() if n != "model.safetensors"} | \
              {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes(), "README.md": b"x"}
