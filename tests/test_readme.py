@@ -1,0 +1,88 @@
+"""What the README claims, checked: its commands run, its line counts hold, its code works, its promise is kept."""
+import ast
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TABLE = [c.replace("\\|", "|") for c in re.findall(r"^\| [^|]+ \| `((?:[^`\\]|\\.)*)` \|$", README, re.M)]
+BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+FOREIGN = ("DIR", "~/", "HuggingFaceTB/", "meta-llama/")      # commands on a model that is not in this repository
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    skipped = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            skipped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {n for t in tokens if t.type not in layout for n in range(t.start[0], t.end[0] + 1)}
+    return len(lines - skipped)
+
+
+def run(command: str) -> subprocess.CompletedProcess:
+    command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_line_counts():
+    """A file tree whose numbers were right once."""
+    claims = {name: int(n) for name, n in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M)}
+    counted = {path.name: code_lines(path.read_text()) for path in ROOT.glob("*.py")}
+    assert claims == counted
+
+
+def test_the_readers_path_stays_short():
+    """The promise of the first page: what a reader follows is under 1,000 lines."""
+    path = [ROOT / name for name in ("model.py", "generate.py", "quantize.py", "tp.py")]
+    assert sum(code_lines(p.read_text()) for p in path if p.exists()) < 1000
+
+
+def test_the_first_command_tells_a_story():
+    """The one line a newcomer pastes: without its pip half, as the suite has installed already."""
+    [line] = [b for b in BLOCKS if "generate.py" in b and "pip install" in b]
+    done = run(line.split("&&")[1].strip())
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 40 and "tok/s" in done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in TABLE if not any(f in c for f in FOREIGN)])
+def test_commands_of_the_table_run(command):
+    """A command on the page that fails, or one that prints figures where text belongs."""
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    if "--json" in command:
+        assert json.loads(done.stdout)["text"]
+
+
+@pytest.mark.parametrize("command", [c for c in TABLE if any(f in c for f in FOREIGN)])
+def test_commands_on_other_models_parse(command):
+    """A flag on the page that was renamed."""
+    from cli import parser
+    words = shlex.split(command)
+    assert words[:2] == ["python", "generate.py"]
+    parser().parse_args(words[2:])
+
+
+def test_scripts_named_on_the_page_exist():
+    """A command whose script has moved."""
+    for script in re.findall(r"(?:python |\./)(scripts/\S+\.(?:py|sh))", README):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_python_example_runs(capsys):
+    """The lines that people copy into their own program."""
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code.replace('"checkpoints/stories"', repr(str(ROOT / "checkpoints/stories"))), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 20
