@@ -173,14 +173,19 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(t.numel() * kind.itemsize for t, kind in dtypes)
 
 
-def check_memory(needed: int, device: torch.device):
-    """Fail before the machine starts to swap, with both numbers. Where the free memory cannot be told, go on."""
-    free = None
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be allocated on a device, or None where that cannot be told."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(found[1]) * 1024 if found else None
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def check_memory(needed: int, device: torch.device):
+    """Fail before the machine starts to swap, with both numbers."""
+    free = free_memory(device)
     if free is not None and needed > free:
         raise CheckpointError(f"the weights need {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: "
                               "choose a smaller dtype, a quantized checkpoint or another device")

@@ -156,7 +156,6 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         new = max(min(256, model.limit - longest), 1)
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
-    check_cache(model, len(rows), max(len(row.prompt) for row in rows) + new)
     report["compile_s"] = warm_up(model, steps, len(rows), max(len(row.prompt) for row in rows) + new)
     single = len(rows) == 1 and not o.json
     if single and sys.stdout.isatty() and sys.stderr.isatty() and isinstance(prompts[0], str):
@@ -177,22 +176,6 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         total = Figures(**{k: v + getattr(total, k) for k, v in asdict(figures).items()})
     if o.json:
         print(json.dumps(summary(model, report, finished, total, settings)))
-
-
-def check_cache(model: Transformer, rows: int, length: int):
-    """Say before the work starts that the cache will not fit, with the numbers that decide it."""
-    a = model.args
-    need = 2 * a.n_layers * rows * a.n_kv_heads * a.head_dim * length * model.tok_embeddings.weight.itemsize
-    device = model.tok_embeddings.weight.device
-    free = None
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        free = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    if free is not None and need > free:
-        raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.1f} GB beside the weights' "
-                         f"{bytes_per_token(model) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-                         f"{int(free / need * length * 0.9)} tokens a row would fit")
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import end_ids, load_checkpoint, read_generation_config, resolve, stored_dtype
+from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
+                        weight_bytes)
 from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -174,13 +175,24 @@ def bucket(n: int) -> int:
 
 
 def make_room(model: Transformer, rows: int, length: int) -> bool:
-    """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new compiled graph."""
-    return model.setup_caches(rows, length, bucket(length + PAD))
+    """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new compiled graph.
+    Raises ValueError where it would not fit, with the bytes that decide it."""
+    a, device, slots = model.args, model.tok_embeddings.weight.device, bucket(length + PAD)
+    if rows > model.max_batch_size or slots > model.cache_slots:
+        per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.tok_embeddings.weight.itemsize
+        need, free = per_slot * max(rows, model.max_batch_size) * slots, free_memory(device)
+        if free is not None and need > free:
+            raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.2f} GB beside the weights' "
+                             f"{weight_bytes(model) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                             f"{free // (2 * per_slot * rows)} tokens a row would fit")
+    return model.setup_caches(rows, length, slots)
 
 
 def symbolic(tensor: Tensor, dim: int) -> Tensor:
-    """Mark a dimension as varying, so that another length meets the same compiled graph."""
-    torch._dynamo.mark_dynamic(tensor, dim)
+    """Mark a dimension as varying, so that another length meets the same compiled graph. Where nothing is compiled the
+    compiler is not loaded for it: that takes two seconds."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.mark_dynamic(tensor, dim)
     return tensor
 
 
