@@ -1,12 +1,14 @@
-"""Which model is it: config.json and tensor names to ModelArgs, and each foreign tensor to its place in our model.
+"""Which model is it: config.json and tensor names to ModelArgs, and each foreign tensor to its place in our
+model.
 
-What it is: the only file that knows model families, foreign config keys and foreign tensor names. Three nets keep
-wrong models out: every tensor must have a place and every parameter all its rows; a model_type must be in FAMILIES;
-keys that change the mathematics must be ones the family defines. What it is not: nothing here opens a file or reads
-a weight, so that all of it can be checked on names alone.
+What it is: the only file that knows model families, foreign config keys and foreign tensor names. Three nets
+keep wrong models out: every tensor must have a place and every parameter all its rows; a model_type must be
+in FAMILIES; keys that change the mathematics must be ones the family defines. What it is not: nothing here
+opens a file or reads a weight, so that all of it can be checked on names alone.
 
-Reading order: `FAMILIES`, `args_from` and what it calls (config.json to ModelArgs); `NAMES`, `place`, `plan` (tensor
-names to parameters). Then checkpoint.py, which opens the files and copies what is planned here.
+Reading order: `FAMILIES`, `args_from` and what it calls (config.json to ModelArgs); `NAMES`, `place`,
+`plan` (tensor names to parameters). Then checkpoint.py, which opens the files and copies what is planned
+here.
 """
 import math
 import re
@@ -20,17 +22,18 @@ class CheckpointError(ValueError):
     """One sentence for the user: what was found, where, and the way out."""
 
 
-# ---- config.json -> ModelArgs --------------------------------------------------------------------------------------
+# ---- config.json -> ModelArgs ------------------------------------------------------------------------------
 
 @dataclass
 class Family:
-    """What a model_type implies beyond its config.json and its tensors. `defaults`: keys its config may leave out."""
+    """What a model_type implies beyond its config.json and its tensors. `defaults`: keys its config may
+    leave out."""
     defaults: dict = field(default_factory=dict)
     slides: Callable[[int, dict], bool] = lambda i, c: False    # layers with a window, if `layer_types` is absent
     norm_style: str = "llama"
     sqrt_embedding: bool = False
     plain_local_rope: bool = False                              # layers with a window do without rope scaling
-    rope_needs_window: bool = False                             # with a window in the model, other layers have no rope
+    rope_needs_window: bool = False                    # with a window in the model, other layers have no rope
     keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
 
 
@@ -101,7 +104,8 @@ GUARDED = (*GRANITE, *CAPS, "no_rope_layers", "clip_qkv", "use_bidirectional_att
 
 
 def args_from(config: dict, tensors: dict, trust: bool = False) -> tuple[ModelArgs, dict]:
-    """config.json and tensors (name -> whatever has a shape, or None) -> ModelArgs, and the text part's tensors."""
+    """config.json and tensors (name -> whatever has a shape, or None) -> ModelArgs, and the text part's
+    tensors."""
     refuse_quantized(config)
     config, tensors = text_part(config, tensors)
     places = all_places(tensors, config.get("model_type"))
@@ -138,8 +142,8 @@ def refuse_quantized(config: dict):
 
 
 def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
-    """Of a multimodal model the language model: its config, and its tensors without the vision tower's. Such configs
-    leave out whatever equals the class default, so that sizes come from the tensors."""
+    """Of a multimodal model the language model: its config, and its tensors without the vision tower's.
+    Such configs leave out whatever equals the class default, so that sizes come from the tensors."""
     if str(config.get("model_type")) not in WRAPPERS:
         return config, tensors
     if not isinstance(config.get("text_config"), dict):
@@ -169,7 +173,8 @@ def measured(config: dict, places: dict) -> dict:
 
 
 def sizes(config: dict, places: dict) -> dict:
-    """Head width and key heads where config.json has null or nothing: from the tensors, else the usual rule."""
+    """Head width and key heads where config.json has null or nothing: from the tensors, else the usual
+    rule."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or measured(config, places).get("head_dim") or config["hidden_size"] // heads
     kv_heads = measured(config | {"head_dim": head_dim}, places).get("num_key_value_heads")
@@ -177,8 +182,8 @@ def sizes(config: dict, places: dict) -> dict:
 
 
 def find_family(config: dict, trust: bool) -> Family:
-    """The row of the table; an unknown model_type is an error even if its tensors look like Llama's, because other
-    mathematics (interleaved rope, for one) can hide behind the same names."""
+    """The row of the table; an unknown model_type is an error even if its tensors look like Llama's,
+    because other mathematics (interleaved rope, for one) can hide behind the same names."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError("config.json lacks 'model_type'")
@@ -257,8 +262,8 @@ def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], l
 
 
 def rope_settings(c: dict, family: Family) -> tuple[dict, dict | None]:
-    """The rope of full layers and, if it differs, of those with a window, out of either dialect: rope_theta and
-    rope_scaling, or rope_parameters, which may be nested by layer type."""
+    """The rope of full layers and, if it differs, of those with a window, out of either dialect:
+    rope_theta and rope_scaling, or rope_parameters, which may be nested by layer type."""
     found = c.get("rope_parameters") or {}
     nested = {k: v for k, v in found.items() if isinstance(v, dict)}
     theta = {"rope_theta": c["rope_theta"]}
@@ -296,7 +301,7 @@ def rope_args(settings: dict, c: dict) -> RopeArgs:
     return RopeArgs(theta=settings["rope_theta"], kind=kind, dim=dim, scaling=scaling if kind != "default" else {})
 
 
-# ---- tensor names --------------------------------------------------------------------------------------------------
+# ---- tensor names ------------------------------------------------------------------------------------------
 
 NAMES = {   # within a layer: foreign module -> our module and its part, "" for the whole
     "self_attn.q_proj": ("attention.wqkv", "q"),
@@ -335,8 +340,8 @@ LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin
 
 @dataclass
 class Part:
-    """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its rows are
-    in interleaved order, head by head; 0: they are as ours."""
+    """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its
+    rows are in interleaved order, head by head; 0: they are as ours."""
     source: str
     start: int
     stop: int
@@ -345,7 +350,8 @@ class Part:
 
 
 def place(name: str, names) -> tuple[str, str] | None:
-    """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no place."""
+    """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no
+    place."""
     if LEFTOVERS.search(name):
         return None
     inner = PREFIX.sub("", name)
@@ -375,8 +381,8 @@ def no_place(name: str, model_type: str | None) -> CheckpointError:
 
 
 def plan(model: Transformer, names, model_type: str | None = None, own: bool = False) -> dict[str, list[Part]]:
-    """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a name
-    without a place, or a parameter without all its rows, raises CheckpointError."""
+    """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a
+    name without a place, or a parameter without all its rows, raises CheckpointError."""
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     steps = {name: [] for name in shapes}
     rows = part_rows(model.args)

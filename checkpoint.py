@@ -1,11 +1,13 @@
 """From what is on disk to a Transformer, and back.
 
-What it is: the file formats and where their bytes go. A checkpoint is told by its content, never by its name; loading
-is strict, reads every weight once and keeps no second copy; what cannot be loaded is a CheckpointError of one sentence.
-What it is not: what the tensors mean is settled in architecture.py, and nothing here knows tokens or generation.
+What it is: the file formats and where their bytes go. A checkpoint is told by its content, never by its name;
+loading is strict, reads every weight once and keeps no second copy; what cannot be loaded is a
+CheckpointError of one sentence. What it is not: what the tensors mean is settled in architecture.py, and
+nothing here knows tokens or generation.
 
-Reading order: `load_checkpoint` (the story), `open_source` (file formats), the older formats, `save_checkpoint` (our
-own files), `resolve` (the hub). Then architecture.py for names and configs, or generate.py, which runs the model.
+Reading order: `load_checkpoint` (the story), `open_source` (file formats), the older formats,
+`save_checkpoint` (our own files), `resolve` (the hub). Then architecture.py for names and configs, or
+generate.py, which runs the model.
 """
 import json
 import math
@@ -35,8 +37,8 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class Stored:
-    """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for several GPUs);
-    what a read returns is mapped from the file where the format allows."""
+    """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for
+    several GPUs); what a read returns is mapped from the file where the format allows."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: list[Callable[[], Tensor]]
@@ -45,8 +47,8 @@ class Stored:
 
 @dataclass
 class Source:
-    """An opened checkpoint: what it says of itself and its tensors by their own names. `own`: one of our files, with
-    ModelArgs in `args`; otherwise `config` is read, under Hugging Face's names."""
+    """An opened checkpoint: what it says of itself and its tensors by their own names. `own`: one of our
+    files, with ModelArgs in `args`; otherwise `config` is read, under Hugging Face's names."""
     path: Path
     config: dict
     tensors: dict[str, Stored]
@@ -56,14 +58,15 @@ class Source:
     quantization: dict | None = None    # per layer, our own files only
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     trust_architecture: bool = False,
                     progress: Callable[[int, int], None] | None = None) -> Transformer:
-    """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype` (None: as
-    stored). The weights are read once, straight into their final place: host memory peaks at the weights plus one
-    tensor. progress(bytes done, bytes in all) is called after each parameter. Raises CheckpointError.
+    """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype`
+    (None: as stored). The weights are read once, straight into their final place: host memory peaks at the
+    weights plus one tensor. progress(bytes done, bytes in all) is called after each parameter. Raises
+    CheckpointError.
     """
     source = open_source(resolve(path))
     model, steps = prepare(source, trust_architecture)
@@ -102,8 +105,8 @@ def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transform
 
 
 class NoRandomStart(TorchFunctionMode):
-    """An embedding's random start is of no use here, and on the meta device it imports torch.compile's machinery: a
-    second and 65 MB."""
+    """An embedding's random start is of no use here, and on the meta device it imports torch.compile's
+    machinery: a second and 65 MB."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
@@ -146,7 +149,8 @@ def put(module: nn.Module, leaf: str, weight: Tensor):
 def copy_part(weight: Tensor, stored: Stored, part: Part):
     """Copy one source tensor into its rows of `weight`, casting on the way.
 
-    Files with interleaved rope turn the pairs (2j, 2j+1) of a head; ours turns (j, j + E/2), so rows are reordered.
+    Files with interleaved rope turn the pairs (2j, 2j+1) of a head; ours turns (j, j + E/2), so rows are
+    reordered.
     """
     target, at = weight[part.start:part.stop], 0
     for read in stored.pieces:
@@ -217,7 +221,8 @@ def read_generation_config(path: str | Path) -> dict:
 
 
 def end_ids(path: str | Path) -> set[int]:
-    """Every id that ends a text, according to generation_config.json and config.json together: they often differ."""
+    """Every id that ends a text, according to generation_config.json and config.json together: they often
+    differ."""
     source = open_source(resolve(path))
     found = set()
     for config in (source.generation_config, source.config, source.config.get("text_config") or {}):
@@ -226,7 +231,7 @@ def end_ids(path: str | Path) -> set[int]:
     return found
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def open_source(path: Path) -> Source:
     """Find out what `path`, a file or a folder, holds, and list its tensors without reading them."""
@@ -298,7 +303,7 @@ def open_file(path: Path) -> Source:
     tensors, extra = read_safetensors(path) if kind == "safetensors" else read_pickle(path, kind)
     if FORMAT_KEY in extra:
         return own_source(path, extra[FORMAT_KEY], tensors)
-    if "model_args" in extra:                                   # a training checkpoint of llama2.c: tinyllamas
+    if "model_args" in extra:                                  # a training checkpoint of llama2.c: tinyllamas
         return Source(path, native_args(extra["model_args"], tensors, path), tensors)
     return hf_source(path, config_beside(path, tensors), tensors)
 
@@ -373,7 +378,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict]:
 
 
 def read_pickle(path: Path, kind: str) -> tuple[dict[str, Stored], dict]:
-    """The state dict of a torch file, mapped if it is a zip, and what stands beside it. Nothing in it may run."""
+    """The state dict of a torch file, mapped if it is a zip, and what stands beside it. Nothing in it may
+    run."""
     import pickle
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if kind == "zip" else None)
@@ -415,11 +421,11 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
     width = math.prod(tensors["norm.weight"].shape)
     for name, first in slices[0].items():
         if len(first.shape) != 2:
-            continue                                                        # norms and frequencies are repeated
+            continue                                                      # norms and frequencies are repeated
         if any(name not in s for s in slices):
             raise CheckpointError(f"tensor '{name}' is missing from some of the consolidated files")
         by_columns = name.endswith(("wo.weight", "w2.weight"))
-        if name == "tok_embeddings.weight":                         # Llama 2 cut its columns, Llama 3 its rows
+        if name == "tok_embeddings.weight":                        # Llama 2 cut its columns, Llama 3 its rows
             by_columns = first.shape[1] != width
         dim = int(by_columns)
         shape = list(first.shape)
@@ -428,7 +434,7 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
     return tensors
 
 
-# ---- llama2.c and params.json ------------------------------------------------------------------------------------
+# ---- llama2.c and params.json ------------------------------------------------------------------------------
 
 def native_config(path: Path, tensors: dict[str, Stored]) -> dict:
     """Meta's and Mistral's params.json."""
@@ -511,7 +517,8 @@ def read_llama2c(path: Path, head: bytes) -> tuple[dict, dict[str, Stored]]:
 
 
 def llama2c_tensors(path: Path, order: list, layers: int, at: int, group: int) -> dict[str, Stored]:
-    """Walk the file: each kind for all layers in turn. With a group size, matrices are int8 with a scale per group."""
+    """Walk the file: each kind for all layers in turn. With a group size, matrices are int8 with a scale
+    per group."""
     raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     tensors = {}
     for name, shape in order:
@@ -536,13 +543,15 @@ def q8_0(data: Tensor, n: int, group: int) -> Tensor:
     return (data[:n].view(torch.int8).view(-1, group) * scales[:, None]).view(-1)
 
 
-# ---- our own files -------------------------------------------------------------------------------------------------
+# ---- our own files -----------------------------------------------------------------------------------------
 
 def save_checkpoint(model: Transformer, path: str | Path, metadata: dict | None = None):
-    """Write `model` with all that is needed to load it, as safetensors or, if `path` ends in .pth, as a torch file.
+    """Write `model` with all that is needed to load it, as safetensors or, if `path` ends in .pth, as a torch
+    file.
 
-    metadata may hold generation_config, source_config, source (a word on the origin) and quantization (per layer).
-    The file is written beside its target and renamed: an interruption leaves the old file, or none.
+    metadata may hold generation_config, source_config, source (a word on the origin) and quantization (per
+    layer). The file is written beside its target and renamed: an interruption leaves the old file, or
+    none.
     """
     path = Path(path)
     writers = {".safetensors": write_safetensors, ".pth": write_pth}
@@ -594,7 +603,7 @@ def own_args(source: Source) -> ModelArgs:
         raise CheckpointError(f"'{source.path}' has a config this version cannot read: {error}") from None
 
 
-# ---- the hub -------------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 def resolve(path: str | Path) -> Path:
     """An existing file or folder as it is; a hub id, org/name, downloaded to the cache."""
@@ -611,8 +620,8 @@ HUB_WEIGHTS = [["*.safetensors"], ["pytorch_model*.bin"], ["consolidated*", "*.p
 
 
 def download(repo: str, *, folder: str | Path | None = None, token: str | None = None) -> Path:
-    """What is needed of a hub repository, in the cache or in `folder`: the texts and one set of weights. HF_HOME,
-    HF_TOKEN and HF_HUB_OFFLINE count; without a connection the cache serves."""
+    """What is needed of a hub repository, in the cache or in `folder`: the texts and one set of weights.
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count; without a connection the cache serves."""
     from huggingface_hub import snapshot_download
     for weights in HUB_WEIGHTS:
         ignored = ["*/*"] + ["consolidated*"] * (weights is not HUB_WEIGHTS[-1])    # Llama's original/, Mistral's twin

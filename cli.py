@@ -1,8 +1,9 @@
-"""The command line of generate.py: flags, prompts, chat, figures. `python generate.py --help` lists the flags.
+"""The command line of generate.py: flags, prompts, chat, figures. `python generate.py --help` lists the
+flags.
 
-What it is not: how text is generated; that is generate.py, which this file only calls. stdout carries the generated
-text, or with --json one object, and nothing else; notes and figures go to stderr. Exit codes: 2 for a wrong argument,
-1 for a run that failed, 130 for Ctrl-C; an error is one sentence.
+What it is not: how text is generated; that is generate.py, which this file only calls. stdout carries the
+generated text, or with --json one object, and nothing else; notes and figures go to stderr. Exit codes: 2
+for a wrong argument, 1 for a run that failed, 130 for Ctrl-C; an error is one sentence.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 def positive(text: str) -> int:
     value = int(text)
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 def say(o: argparse.Namespace, text: str):
     if not o.quiet:
@@ -129,10 +130,11 @@ def sampling_flags(o: argparse.Namespace, sample: int = 0) -> dict:
     return flags | ({"seed": o.seed + sample} if o.seed is not None else {})
 
 
-# ---- one run ---------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
-    """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots symbolic."""
+    """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots
+    symbolic."""
     if steps == EAGER:
         return 0.0
     began = time.perf_counter()
@@ -188,14 +190,15 @@ def tracing(path: str | None, model: Transformer):
     profile.export_chrome_trace(path)
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 def rate(count: float, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
 
 def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures):
-    """One line of figures. Bandwidth: the bytes all steps read, over the decode time, beside what the machine reads."""
+    """One line of figures. Bandwidth: the bytes all steps read, over the decode time, beside what the
+    machine reads."""
     steps = max((len(row.ids) for row in rows), default=1) - 1
     report["bytes_per_token"] = bytes_per_token(model)
     report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
@@ -220,7 +223,7 @@ def summary(model: Transformer, report: dict, rows: list[Row], f: Figures, setti
                   "finish_reason": row.finish_reason} for row in rows]}
 
 
-# ---- conversation ----------------------------------------------------------------------------------------------
+# ---- conversation ------------------------------------------------------------------------------------------
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -240,8 +243,9 @@ def read_turn() -> str:
 
 
 def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
-    """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that differs
-    from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in the conversation."""
+    """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that
+    differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
+    the conversation."""
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     report["compile_s"] = warm_up(model, steps, 1, BUCKET)
     say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or end of file ends.")
@@ -266,7 +270,7 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, re
             default = max(min(1024 if o.chat else 256, model.limit - len(ids)), 1)
             new = default if o.max_new_tokens is None else o.max_new_tokens
             row = rows_for(model, tokenizer, [ids], new, o.stop, o.ignore_eos, o.chat)[0]
-        except ValueError as error:                 # too long, or the template refuses: the conversation goes on
+        except ValueError as error:              # too long, or the template refuses: the conversation goes on
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
         held = answer(o, model, row, steps, min(common_prefix(held, ids), len(ids) - 1), report)
@@ -287,7 +291,7 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, report: d
     return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was drawn, but never fed
 
 
-# ---- entry -----------------------------------------------------------------------------------------------------
+# ---- entry -------------------------------------------------------------------------------------------------
 
 def run(o: argparse.Namespace):
     began = time.perf_counter()

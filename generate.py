@@ -1,12 +1,13 @@
-"""Text from a checkpoint: sampling, the compiled steps, and the loops over them. `python generate.py --help` runs it.
+"""Text from a checkpoint: sampling, the compiled steps, and the loops over them. `python generate.py --help`
+runs it.
 
-A token's way: `load_model` reads a checkpoint; `generate_rows` runs `prefill` over the prompts in chunks, then `decode`
-once a token; `Sampler` picks the ids; `Row` turns them into text and knows when to stop. Everything is built from the
-two steps, which are all that is ever compiled (`compile_steps` says how and why). `stream` and `generate` are the same
-for Python callers.
+A token's way: `load_model` reads a checkpoint; `generate_rows` runs `prefill` over the prompts in chunks,
+then `decode` once a token; `Sampler` picks the ids; `Row` turns them into text and knows when to stop.
+Everything is built from the two steps, which are all that is ever compiled (`compile_steps` says how and
+why). `stream` and `generate` are the same for Python callers.
 
-What it is not: a server or a scheduler; one batch runs at a time. Flags, chat and figures are in cli.py. Read model.py
-first, quantize.py and tp.py after.
+What it is not: a server or a scheduler; one batch runs at a time. Flags, chat and figures are in cli.py.
+Read model.py first, quantize.py and tp.py after.
 """
 import math
 import os
@@ -27,16 +28,17 @@ from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
-CHUNK = 512             # prompt tokens per prefill call: memory grows with CHUNK * S, not with the prompt's square
+CHUNK = 512        # prompt tokens per prefill call: memory grows with CHUNK * S, not with the prompt's square
 PAD = 16                # compiled prefill sees lengths rounded up to this
-BUCKET = 256            # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
+BUCKET = 256        # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
-    """How an id is drawn. The filters apply in this order and mean what transformers means by the same names."""
+    """How an id is drawn. The filters apply in this order and mean what transformers means by the same
+    names."""
     repetition_penalty: float = 1.0     # 1: off
     temperature: float = 0.8            # 0: the most likely id, the lowest one on ties
     top_k: int = 200                    # 0: off; ties with the k-th stay
@@ -46,7 +48,8 @@ class Sampling:
 
     @classmethod
     def of(cls, model: Transformer, **given) -> "Sampling":
-        """What is given (not None), else what the model's generation_config.json says, else the defaults above."""
+        """What is given (not None), else what the model's generation_config.json says, else the defaults
+        above."""
         config = dict(getattr(model, "generation_config", {}))
         if config.get("do_sample") is True:                 # the file's silence means transformers' defaults
             config = {"temperature": 1.0, "top_k": 50, **config}
@@ -70,7 +73,8 @@ class Sampling:
 
 
 def token_probs(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Logits [B, V] float32 -> the probabilities [B, V] an id is drawn from. seen [B, V] bool: ids in prompt or output."""
+    """Logits [B, V] float32 -> the probabilities [B, V] an id is drawn from. seen [B, V] bool: ids in
+    prompt or output."""
     if s.repetition_penalty != 1.0:
         penalized = torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty)
         logits = torch.where(seen, penalized, logits)
@@ -82,7 +86,7 @@ def token_probs(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tens
         logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
     probs = logits.softmax(-1)
     if s.top_p < 1.0:
-        values, ids = probs.topk(k) if k else probs.sort(descending=True)     # sorting k is far cheaper than V
+        values, ids = probs.topk(k) if k else probs.sort(descending=True)    # sorting k is far cheaper than V
         before = values.cumsum(-1) - values
         probs = torch.zeros_like(probs).scatter_(-1, ids, values.masked_fill(before >= s.top_p, 0.0))
         probs.scatter_(-1, ids[:, :1], values[:, :1])                         # the first always stays
@@ -105,7 +109,8 @@ class Sampler:
                 self.seen[row, torch.tensor(prompt, device=device)] = True
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] -> ids [B]. argmax of p / Exp(1) draws from p without a host sync (the Gumbel-max trick)."""
+        """Logits [B, V] -> ids [B]. argmax of p / Exp(1) draws from p without a host sync (the Gumbel-max
+        trick)."""
         if self.settings.temperature == 0 and self.seen is None:
             return logits.argmax(-1)
         probs = token_probs(logits, self.settings, self.seen)
@@ -120,10 +125,11 @@ class Sampler:
         return ids
 
 
-# ---- steps: what is compiled -----------------------------------------------------------------------------------
+# ---- steps: what is compiled -------------------------------------------------------------------------------
 
 def prefill(model: Transformer, tokens: Tensor, input_pos: Tensor, last: Tensor, key_pos: Tensor) -> Tensor:
-    """A chunk of the prompts. tokens, input_pos [B, T]; last [B]: the column whose logits [B, V] are wanted."""
+    """A chunk of the prompts. tokens, input_pos [B, T]; last [B]: the column whose logits [B, V] are
+    wanted."""
     return model(tokens, input_pos, slots=key_pos.shape[0], logits_at=last[:, None])[:, 0]
 
 
@@ -144,11 +150,11 @@ EAGER = Steps()
 def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) -> Steps:
     """The one place that decides what is compiled.
 
-    decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling settings: the
-    length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a constant), and sampling
-    stays outside. Another batch size or a larger cache is another graph. On CUDA it is replayed as a CUDA graph.
-    prefill: on request; it is bound by arithmetic, and compiling takes longer than most prompts. Its lengths are
-    rounded up to PAD and symbolic too.
+    decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling
+    settings: the length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a
+    constant), and sampling stays outside. Another batch size or a larger cache is another graph. On CUDA
+    it is replayed as a CUDA graph. prefill: on request; it is bound by arithmetic, and compiling takes
+    longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)    # batch and cache sizes
@@ -159,7 +165,8 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
 
 @contextmanager
 def one_row_matmul(rows: int, device: torch.device):
-    """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times faster."""
+    """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
+    faster."""
     before = torch.backends.mkldnn.enabled
     if rows == 1 and device.type == "cpu":
         torch.backends.mkldnn.enabled = False
@@ -175,8 +182,8 @@ def bucket(n: int) -> int:
 
 
 def make_room(model: Transformer, rows: int, length: int) -> bool:
-    """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new compiled graph.
-    Raises ValueError where it would not fit, with the bytes that decide it."""
+    """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new
+    compiled graph. Raises ValueError where it would not fit, with the bytes that decide it."""
     a, device, slots = model.args, model.tok_embeddings.weight.device, bucket(length + PAD)
     if rows > model.max_batch_size or slots > model.cache_slots:
         per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.tok_embeddings.weight.itemsize
@@ -189,8 +196,8 @@ def make_room(model: Transformer, rows: int, length: int) -> bool:
 
 
 def symbolic(tensor: Tensor, dim: int) -> Tensor:
-    """Mark a dimension as varying, so that another length meets the same compiled graph. Where nothing is compiled the
-    compiler is not loaded for it: that takes two seconds."""
+    """Mark a dimension as varying, so that another length meets the same compiled graph. Where nothing is
+    compiled the compiler is not loaded for it: that takes two seconds."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_dynamic(tensor, dim)
     return tensor
@@ -201,12 +208,14 @@ def attended(model: Transformer, n: int) -> Tensor:
     return symbolic(torch.arange(min(bucket(n), model.cache_slots), device=model.tok_embeddings.weight.device), 0)
 
 
-# ---- loops -----------------------------------------------------------------------------------------------------
+# ---- loops -------------------------------------------------------------------------------------------------
 
 def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], start: int = 0) -> Tensor:
-    """Put prompts of any lengths into the cache, in chunks, and return the logits [B, V] after each row's last token.
+    """Put prompts of any lengths into the cache, in chunks, and return the logits [B, V] after each row's
+    last token.
 
-    Positions before `start` are already there. Shorter rows are padded to the right, where later tokens overwrite.
+    Positions before `start` are already there. Shorter rows are padded to the right, where later tokens
+    overwrite.
     """
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -229,9 +238,11 @@ def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], star
 
 def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor, filled: int, n: int,
                     sampler: Sampler) -> Iterator[Tensor]:
-    """Feed tokens [B] that stand at input_pos [B] and yield the next ones, n times; nothing here waits for the device.
+    """Feed tokens [B] that stand at input_pos [B] and yield the next ones, n times; nothing here waits for
+    the device.
 
-    filled: slots that hold tokens after the first step, for the bucket. Lazy: a step runs when its ids are asked for.
+    filled: slots that hold tokens after the first step, for the bucket. Lazy: a step runs when its ids are
+    asked for.
     """
     key_pos = attended(model, filled)
     for i in range(n):
@@ -244,7 +255,8 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
 
 
 class Row:
-    """One prompt and what became of it: ids, text, and why it ended ("stop", "length", or "" while it runs)."""
+    """One prompt and what became of it: ids, text, and why it ended ("stop", "length", or "" while it
+    runs)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], limit: int, ends: set[int] = frozenset(),
                  stop: list[str] = (), chat: bool = False):
@@ -286,7 +298,8 @@ class Row:
 
 @dataclass
 class Figures:
-    """Times in seconds and counts of one call of generate_rows; compilation and warm-up are not among them."""
+    """Times in seconds and counts of one call of generate_rows; compilation and warm-up are not among
+    them."""
     prompt_tokens: int = 0              # of all rows, without what the cache already held
     new_tokens: int = 0                 # of all rows, end tokens included, nothing after them
     prefill_s: float = 0.0
@@ -298,10 +311,11 @@ class Figures:
 @torch.no_grad()
 def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER, cached: int = 0,
                   figures: Figures | None = None) -> Iterator[tuple[int, str]]:
-    """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to reuse.
+    """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to
+    reuse.
 
-    The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device never waits for it;
-    what was computed past the last row's end is thrown away.
+    The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device never
+    waits for it; what was computed past the last row's end is thrown away.
     """
     figures = Figures() if figures is None else figures
     prompts = [row.prompt for row in rows]
@@ -315,14 +329,14 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     began = time.perf_counter()
     sampler = Sampler(settings, prompts, model.args.vocab_size, device)
     logits = run_prefill(model, steps, prompts, cached)
-    logits[0, 0].item()                                                              # wait: prefill is timed alone
+    logits[0, 0].item()                                                         # wait: prefill is timed alone
     figures.prompt_tokens, figures.prefill_s = sum(len(p) - cached for p in prompts), time.perf_counter() - began
     tokens = sampler(logits)
     positions = torch.tensor([len(p) for p in prompts], device=device)
     decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
     block, interval = [tokens], 1 if device.type == "cpu" else 8
     while block:
-        host_ids = torch.stack(block).tolist()                                       # the one wait for the device
+        host_ids = torch.stack(block).tolist()                                   # the one wait for the device
         elapsed, before = time.perf_counter() - began, figures.new_tokens
         for ids in host_ids:
             running = [r for r, row in enumerate(rows) if not row.finish_reason]
@@ -336,7 +350,7 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
             figures.decode_tokens += figures.new_tokens - before
         if all(row.finish_reason for row in rows):
             return
-        began = time.perf_counter()                                                  # the caller's time is not ours
+        began = time.perf_counter()                                            # the caller's time is not ours
         block = [ids for _, ids in zip(range(interval), decoder)]
 
 
@@ -366,14 +380,15 @@ def check_length(prompt: int, new: int, limit: int):
                          "shorten one of them, or raise --max_seq_length if the model allows it")
 
 
-# ---- for Python callers ----------------------------------------------------------------------------------------
+# ---- for Python callers ------------------------------------------------------------------------------------
 
 def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | torch.dtype = "auto",
                **options) -> tuple[Transformer, Tokenizer]:
     """A checkpoint (folder, file or hub id) as a model ready to generate, and its tokenizer.
 
-    The model carries what belongs to the checkpoint and not to the mathematics: `end_ids`, `generation_config`, and
-    `limit`, the most tokens a row may hold. Raises ValueError or OSError with one sentence.
+    The model carries what belongs to the checkpoint and not to the mathematics: `end_ids`,
+    `generation_config`, and `limit`, the most tokens a row may hold. Raises ValueError or OSError with one
+    sentence.
     """
     path = resolve(str(path))
     device = pick_device(str(device))
@@ -387,7 +402,8 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
 
 def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], *, max_new_tokens: int = 256,
            stop=(), ignore_eos: bool = False, steps: Steps = EAGER, **sampling) -> Iterator[str]:
-    """Yield the text that follows a prompt, piece by piece, as it is computed. sampling: the fields of `Sampling`."""
+    """Yield the text that follows a prompt, piece by piece, as it is computed. sampling: the fields of
+    `Sampling`."""
     rows = rows_for(model, tokenizer, [prompt], max_new_tokens, stop, ignore_eos)
     for _, piece in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps):
         if piece:
@@ -416,8 +432,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> torch.dtype:
-    """auto: bfloat16, which halves what decode reads, where the device has it, else float16. On a CPU a checkpoint
-    stored in float32 that fits the cache (32 MB) stays as it is: halving it would gain nothing and round."""
+    """auto: bfloat16, which halves what decode reads, where the device has it, else float16. On a CPU a
+    checkpoint stored in float32 that fits the cache (32 MB) stays as it is: halving it would gain nothing
+    and round."""
     if isinstance(name, torch.dtype):
         return name
     if name != "auto":
@@ -429,17 +446,19 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> tor
         else torch.bfloat16
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 def bytes_per_token(model: Transformer) -> int:
-    """Weight bytes that one decode step reads: everything but an embedding table that is not also the head."""
+    """Weight bytes that one decode step reads: everything but an embedding table that is not also the
+    head."""
     tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if ".cache." not in n)]
     table = model.tok_embeddings.weight
     return sum(t.nbytes for t in tensors) - (table.nbytes if model.output is not None else 0)
 
 
 def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:
-    """Bytes a second at which the device reads memory: the best of a few passes over a buffer larger than its caches."""
+    """Bytes a second at which the device reads memory: the best of a few passes over a buffer larger than
+    its caches."""
     data = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
     best = 0.0
     for _ in range(repeats):
@@ -450,7 +469,8 @@ def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process had resident on the host, or allocated on the device. 0 where nothing tells."""
+    """Bytes: the most this process had resident on the host, or allocated on the device. 0 where nothing
+    tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

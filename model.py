@@ -1,13 +1,15 @@
-"""The Transformer: one decoder-only model whose switches cover Llama, Mistral, Qwen, Gemma, Phi, OLMo, Granite, ...
+"""The Transformer: one decoder-only model whose switches cover Llama, Mistral, Qwen, Gemma, Phi, OLMo,
+Granite, ...
 
-What it is: the mathematics of a token's way from id to logits, with a static key/value cache that is addressed by
-position. What it is not: nothing here knows a device, a dtype policy, a rank, torch.compile or a file.
+What it is: the mathematics of a token's way from id to logits, with a static key/value cache that is
+addressed by position. What it is not: nothing here knows a device, a dtype policy, a rank, torch.compile or a
+file.
 
 Reading order: `ModelArgs` (every switch), `Transformer.forward`, `TransformerBlock`, `Attention`, `KVCache`,
 `FeedForward`, `RMSNorm`, the rotary embeddings. Then generate.py, which turns the forward into text.
 
-Shapes, here and everywhere: B batch, T tokens in this call, S cache slots, D model width, H query heads,
-K key/value heads, E head width, F feed-forward width, V vocabulary.
+Shapes, here and everywhere: B batch, T tokens in this call, S cache slots, D model width, H query heads, K
+key/value heads, E head width, F feed-forward width, V vocabulary.
 """
 import math
 from dataclasses import asdict, dataclass, field
@@ -18,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# ---- configuration ---------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class RopeArgs:
-    """One kind of rotary embedding; a model may mix two, by layer. `scaling` holds the kind's own numbers under the
-    names config.json gives them (factor, low_freq_factor, short_factor, ...); see `rope_frequencies`."""
+    """One kind of rotary embedding; a model may mix two, by layer. `scaling` holds the kind's own numbers
+    under the names config.json gives them (factor, low_freq_factor, short_factor, ...); see
+    `rope_frequencies`."""
     theta: float = 10000.0
     kind: str = "default"                   # default, linear, dynamic, llama3, yarn, longrope
     dim: int = 0                            # rotated dimensions of a head, its first ones; 0: the whole head
@@ -32,7 +35,8 @@ class RopeArgs:
 
 @dataclass
 class ModelArgs:
-    """Everything the Transformer must know; all of it can be written as JSON. The defaults are Llama's block."""
+    """Everything the Transformer must know; all of it can be written as JSON. The defaults are Llama's
+    block."""
     vocab_size: int
     dim: int
     n_layers: int
@@ -44,7 +48,7 @@ class ModelArgs:
     tied: bool = False                      # the output head is the embedding table
 
     norm_eps: float = 1e-5
-    norm_style: str = "llama"               # llama: cast, then scale; float32: scale, then cast; gemma: float32 and 1 + w
+    norm_style: str = "llama"   # llama: cast, then scale; float32: scale, then cast; gemma: float32 and 1 + w
     attention_norm: bool = True             # norms before ...
     ffn_norm: bool = True
     post_attention_norm: bool = False       # ... and after each half of a block
@@ -54,7 +58,7 @@ class ModelArgs:
     o_bias: bool = False
     ffn_bias: bool = False
     output_bias: bool = False
-    qk_norm: str = ""                       # head: over each head's E; full: over all heads together; "": none
+    qk_norm: str = ""                      # head: over each head's E; full: over all heads together; "": none
     activation: str = "silu"                # silu, gelu, gelu_tanh
 
     attention_scale: float = 0.0            # of q @ k.T; 0: 1 / sqrt(head_dim)
@@ -89,11 +93,12 @@ class ModelArgs:
                              f"and a window for {len(self.layer_windows)}")
 
     def to_dict(self) -> dict:
-        """Plain types, for a file; `ModelArgs(**d)` reads it back, and a name it does not know raises TypeError."""
+        """Plain types, for a file; `ModelArgs(**d)` reads it back, and a name it does not know raises
+        TypeError."""
         return asdict(self)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
@@ -109,9 +114,10 @@ class Transformer(nn.Module):
     def setup_caches(self, max_batch_size: int, max_seq_length: int, slots: int = 0) -> bool:
         """Make room for `max_batch_size` rows of `max_seq_length` tokens; True if that took a new allocation.
 
-        A cache that is large enough stays where it is: its address is part of compiled graphs, and what is left in
-        it is masked by position. A larger one keeps the old one's contents. `slots` >= max_seq_length rounds the
-        allocation up. Length-dependent ropes (dynamic, longrope) are settled here, for max_seq_length.
+        A cache that is large enough stays where it is: its address is part of compiled graphs, and what is
+        left in it is masked by position. A larger one keeps the old one's contents. `slots` >=
+        max_seq_length rounds the allocation up. Length-dependent ropes (dynamic, longrope) are settled
+        here, for max_seq_length.
         """
         for rope in self.ropes:
             rope.set_length(max_seq_length)
@@ -133,11 +139,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor | None = None, *, slots: int = 0,
                 logits_at: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] in float32 of tokens [B, T] that stand at positions input_pos [B, T], [T], or 0 ... T-1.
+        """Logits [B, T, V] in float32 of tokens [B, T] that stand at positions input_pos [B, T], [T], or 0
+        ... T-1.
 
-        With caches set up, keys and values are stored at their positions and a query sees every slot up to its own,
-        looking only at the first `slots` (0: all; at least the largest position + 1). Without, it sees this call.
-        logits_at [B, n]: indices into T; the head runs on these alone and the logits are [B, n, V].
+        With caches set up, keys and values are stored at their positions and a query sees every slot up to
+        its own, looking only at the first `slots` (0: all; at least the largest position + 1). Without, it
+        sees this call. logits_at [B, n]: indices into T; the head runs on these alone and the logits are
+        [B, n, V].
         """
         B, T = tokens.shape
         if input_pos is None:
@@ -187,7 +195,7 @@ class TransformerBlock(nn.Module):
         return x + self.post_ffn_norm(h) * self.residual_scale                       # [B, T, D]
 
 
-# ---- attention -------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
@@ -206,7 +214,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
         B, T, _ = x.shape
         H, K, E = self.n_heads, self.n_kv_heads, self.head_dim
-        q, k, v = self.wqkv(x).split([H * E, K * E, K * E], dim=-1)                  # [B, T, H*E], [B, T, K*E] twice
+        q, k, v = self.wqkv(x).split([H * E, K * E, K * E], dim=-1)           # [B, T, H*E], [B, T, K*E] twice
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(B, T, -1, E).transpose(1, 2) for t in (q, k, v))           # [B, H|K, T, E]
@@ -220,10 +228,11 @@ class Attention(nn.Module):
 
 
 class KVCache(nn.Module):
-    """Keys and values [B, K, S, E], slot s holding position s of its row. Until `allocate`, it passes both through.
+    """Keys and values [B, K, S, E], slot s holding position s of its row. Until `allocate`, it passes both
+    through.
 
-    Padding needs no care: it stands to the right of a row, so that its slots are beyond every real query's position,
-    and the row's next tokens overwrite them.
+    Padding needs no care: it stands to the right of a row, so that its slots are beyond every real query's
+    position, and the row's next tokens overwrite them.
     """
 
     def __init__(self, args: ModelArgs):
@@ -233,8 +242,9 @@ class KVCache(nn.Module):
         self.register_buffer("v", None, persistent=False)
 
     def allocate(self, batch_size: int, slots: int, like: Tensor):
-        """Zeros, because a masked slot still takes part in 0 * value; old contents are kept. One slot more than is ever
-        attended: a slice that cannot be the whole keeps its length symbolic in a compiled graph."""
+        """Zeros, because a masked slot still takes part in 0 * value; old contents are kept. One slot more
+        than is ever attended: a slice that cannot be the whole keeps its length symbolic in a compiled
+        graph."""
         for name, old in (("k", self.k), ("v", self.v)):
             new = like.new_zeros(batch_size, self.n_kv_heads, slots + 1, self.head_dim)
             if old is not None:
@@ -254,22 +264,25 @@ class KVCache(nn.Module):
 
 
 def attention_mask(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
-    """bool [B, 1, T, S]: may query t see key s? query_pos [B, T], key_pos [B, S]. A window counts the query itself."""
+    """bool [B, 1, T, S]: may query t see key s? query_pos [B, T], key_pos [B, S]. A window counts the
+    query itself."""
     distance = query_pos[:, None, :, None] - key_pos[:, None, None, :]
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0) -> Tensor:
-    """softmax(q @ k.T * scale) @ v under a mask. q [B, H, T, E], k and v [B, K, S, E], mask [B, 1, T, S] -> q's shape.
+    """softmax(q @ k.T * scale) @ v under a mask. q [B, H, T, E], k and v [B, K, S, E], mask [B, 1, T, S] ->
+    q's shape.
 
-    Several queries go through the fused operator, whose memory does not grow with T * S. One query, where the cost is
-    reading k and v once, is written out: compiled, it fuses with its surroundings. Soft caps have no fused operator.
+    Several queries go through the fused operator, whose memory does not grow with T * S. One query, where
+    the cost is reading k and v once, is written out: compiled, it fuses with its surroundings. Soft caps
+    have no fused operator.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
     if T > 1 and not cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=H != K)
-    q = q.reshape(B, K, H // K * T, E)                  # the queries that share a key head become rows of one product
+    q = q.reshape(B, K, H // K * T, E)          # the queries that share a key head become rows of one product
     scores = (q @ k.transpose(-2, -1)).float() * scale                               # [B, K, H/K*T, S]
     scores = softcap(scores, cap).view(B, K, H // K, T, -1)
     scores = scores.masked_fill(~mask[:, :, None], -math.inf)
@@ -281,7 +294,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-# ---- feed-forward and norm -------------------------------------------------------------------------------------
+# ---- feed-forward and norm ---------------------------------------------------------------------------------
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -299,8 +312,9 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), statistics in float32. Whether the
-    scale multiplies before or after the cast is only rounding, but it is the rounding a family was trained with."""
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), statistics in float32.
+    Whether the scale multiplies before or after the cast is only rounding, but it is the rounding a family
+    was trained with."""
 
     def __init__(self, dim: int, args: ModelArgs):
         super().__init__()
@@ -316,10 +330,11 @@ class RMSNorm(nn.Module):
         return (y * weight).to(x.dtype)
 
 
-# ---- rotary embeddings -----------------------------------------------------------------------------------------
+# ---- rotary embeddings -------------------------------------------------------------------------------------
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + r/2) of a head's first r dimensions. x [B, H, T, E]; cos and sin [B, 1, T, r/2] float32."""
+    """Turn the pairs (j, j + r/2) of a head's first r dimensions. x [B, H, T, E]; cos and sin [B, 1, T,
+    r/2] float32."""
     r = 2 * cos.shape[-1]
     x1, x2 = x[..., :r // 2].float(), x[..., r // 2:r].float()
     turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
@@ -327,7 +342,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to cos and sin (Su et al. 2021), in float32 whatever the model's dtype: bfloat16 is wrong by 2e-3."""
+    """Positions to cos and sin (Su et al. 2021), in float32 whatever the model's dtype: bfloat16 is wrong
+    by 2e-3."""
 
     def __init__(self, rope: RopeArgs, max_position: int):
         super().__init__()
@@ -356,10 +372,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def rope_frequencies(rope: RopeArgs, max_position: int, length: int) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair, [r/2] float32, and the factor on cos and sin, for sequences of `length`.
+    """Angle per position of each rotated pair, [r/2] float32, and the factor on cos and sin, for sequences of
+    `length`.
 
-    default: Su et al. 2021. linear: Chen et al. 2023. dynamic: NTK-aware, by length. llama3: long wavelengths slowed.
-    yarn: Peng et al. 2023. longrope: Ding et al. 2024, one factor per pair.
+    default: Su et al. 2021. linear: Chen et al. 2023. dynamic: NTK-aware, by length. llama3: long
+    wavelengths slowed. yarn: Peng et al. 2023. longrope: Ding et al. 2024, one factor per pair.
     """
     r = rope.dim
     pair = torch.arange(0, r, 2, dtype=torch.float32, device="cpu") / r              # explicit: not on meta
@@ -411,7 +428,7 @@ def yarn_rope(plain, rope, max_position, length):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, r - 1)
     ramp = (torch.arange(r // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)
-    ramp = ramp.clamp(0, 1)                             # 0: fast pairs stay as they are; 1: slow ones are stretched
+    ramp = ramp.clamp(0, 1)                       # 0: fast pairs stay as they are; 1: slow ones are stretched
     return plain / factor * ramp + plain * (1 - ramp), amplitude
 
 
@@ -424,7 +441,7 @@ def longrope(plain, rope, max_position, length):
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     per_pair = torch.tensor(s["long_factor" if length > original else "short_factor"], dtype=torch.float32, device="cpu")
     pair = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
-    return 1.0 / (per_pair * rope.theta ** pair), amplitude     # plain / per_pair is an ulp off: 2e-3 at 100,000
+    return 1.0 / (per_pair * rope.theta ** pair), amplitude  # plain / per_pair is an ulp off: 2e-3 at 100,000
 
 
 ROPE_KINDS = {"default": default_rope, "linear": linear_rope, "dynamic": dynamic_rope, "llama3": llama3_rope,

@@ -1,15 +1,17 @@
 """Text to token ids and back, exactly as the checkpoint's authors had it, and chat templates.
 
-What it is: readers for the tokenizer files that models come with (sentencepiece, tiktoken ranks, tokenizer.json,
-vocab.json + merges.txt, tekken.json, llama2.c's tok.bin), told apart by content, and one `Tokenizer` around them for
-added tokens, begin-of-text, streaming and chat. What it is not: a trainer, or a general tokenizer.json interpreter:
-kinds that generation models do not use (Unigram json, WordPiece) are refused by name.
+What it is: readers for the tokenizer files that models come with (sentencepiece, tiktoken ranks,
+tokenizer.json, vocab.json + merges.txt, tekken.json, llama2.c's tok.bin), told apart by content, and one
+`Tokenizer` around them for added tokens, begin-of-text, streaming and chat. What it is not: a trainer, or a
+general tokenizer.json interpreter: kinds that generation models do not use (Unigram json, WordPiece) are
+refused by name.
 
 Reading order: `Tokenizer`, `StreamDetokenizer`, then the three cores `ByteLevelBPE` (through tiktoken),
 `SentencePiece`, `HeapBPE`, then `load_tokenizer` and the files. Next stop: generate.py.
 
-A core has `encode(text, first)`, where `first` says that nothing stands before the text, `token_bytes(id)`, `pieces`
-(token -> id), `eos_id`, and `strips_space`: does decoding a whole text drop one leading space.
+A core has `encode(text, first)`, where `first` says that nothing stands before the text,
+`token_bytes(id)`, `pieces` (token -> id), `eos_id`, and `strips_space`: does decoding a whole text drop
+one leading space.
 """
 import base64
 import codecs
@@ -33,7 +35,8 @@ LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_i
 
 @dataclass
 class Added:
-    """A token that is found in the text before the core sees it; lstrip and rstrip eat the spaces beside it."""
+    """A token that is found in the text before the core sees it; lstrip and rstrip eat the spaces beside
+    it."""
     id: int
     content: str
     lstrip: bool = False
@@ -41,7 +44,7 @@ class Added:
     special: bool = True
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------------
+# ---- the tokenizer -----------------------------------------------------------------------------------------
 
 class Tokenizer:
     def __init__(self, core, added: list[Added], config: dict, *, bos: str | None, add_bos: bool,
@@ -63,7 +66,8 @@ class Tokenizer:
         return self.added[token].id if token in self.added else self.core.pieces.get(token)
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
-        """Ids of a text. bos None: as the tokenizer's files say. special False: added tokens in it are plain text."""
+        """Ids of a text. bos None: as the tokenizer's files say. special False: added tokens in it are
+        plain text."""
         ids = [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
         at, after_added = 0, False
         matches = list(self.pattern.finditer(text)) if special and self.pattern else []
@@ -95,7 +99,8 @@ class Tokenizer:
         return self.core.token_bytes(token)
 
     def render_chat(self, messages: list[dict], *, add_generation_prompt: bool = True, **arguments) -> str:
-        """Messages {role, content} through the chat template. ValueError with the template's own complaint."""
+        """Messages {role, content} through the chat template. ValueError with the template's own
+        complaint."""
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; give the prompt as plain text")
         import jinja2
@@ -126,7 +131,8 @@ class Tokenizer:
 
 
 class StreamDetokenizer:
-    """Ids in, text out as soon as it is certain: never half a character. After a prompt ids, what follows it."""
+    """Ids in, text out as soon as it is certain: never half a character. After a prompt ids, what follows
+    it."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids=(), skip_special: bool = True):
         self.tokenizer, self.skip_special = tokenizer, skip_special
@@ -146,14 +152,14 @@ class StreamDetokenizer:
         return self.utf8.decode(b"", final=True)
 
 
-# ---- chat templates --------------------------------------------------------------------------------------------
+# ---- chat templates ----------------------------------------------------------------------------------------
 
 def template_environment():
     """Jinja as transformers sets it up, sandboxed: a template is a program somebody else wrote."""
     import jinja2.ext
     import jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):     # {% generation %} marks the assistant's part; it changes no text
+    class Generation(jinja2.ext.Extension):  # {% generation %} marks the assistant's part; it changes no text
         tags = {"generation"}
 
         def parse(self, parser):
@@ -191,17 +197,19 @@ def read_templates(folder: Path, config: dict) -> dict[str, str]:
     return templates
 
 
-# ---- byte-level BPE, through tiktoken --------------------------------------------------------------------------
+# ---- byte-level BPE, through tiktoken ----------------------------------------------------------------------
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes, character -> byte: printable ones are themselves, the rest from U+0100."""
+    """GPT-2's printable stand-ins for bytes, character -> byte: printable ones are themselves, the rest
+    from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class ByteLevelBPE:
-    """Ids by bytes and a split pattern. `outer` patterns cut the text before the last one, which tiktoken applies."""
+    """Ids by bytes and a split pattern. `outer` patterns cut the text before the last one, which tiktoken
+    applies."""
     strips_space = False
     eos_id = None
 
@@ -287,7 +295,7 @@ def flatten(step: dict | None, key: str) -> list[dict]:
     return [inner for part in step[key] for inner in flatten(part, key)] if step["type"] == "Sequence" else [step]
 
 
-# ---- sentencepiece ---------------------------------------------------------------------------------------------
+# ---- sentencepiece -----------------------------------------------------------------------------------------
 
 class SentencePiece:
     def __init__(self, path: Path):
@@ -308,7 +316,7 @@ class SentencePiece:
     def encode(self, text: str, first: bool) -> list[int]:
         if first or not self.strips_space:
             return self.model.encode(text)
-        return self.model.encode("\n" + text)[len(self.newline):]       # as a text that stands after something
+        return self.model.encode("\n" + text)[len(self.newline):]      # as a text that stands after something
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < len(self.names) or token in self.control:
@@ -318,10 +326,11 @@ class SentencePiece:
         return " \u2047 ".encode() if self.model.is_unknown(token) else self.names[token].replace(SPACE, " ").encode()
 
 
-# ---- sentencepiece-style BPE of a tokenizer.json ---------------------------------------------------------------
+# ---- sentencepiece-style BPE of a tokenizer.json -----------------------------------------------------------
 
 class HeapBPE:
-    """Merges of neighbours, lowest rank first and leftmost among equals; unknown characters become byte tokens."""
+    """Merges of neighbours, lowest rank first and leftmost among equals; unknown characters become byte
+    tokens."""
     eos_id = None
 
     def __init__(self, pieces: dict[str, int], rank, normalize, pre_split=None, strips_space: bool = True):
@@ -409,7 +418,7 @@ def heap_bpe_from_json(data: dict, path: Path) -> tuple[HeapBPE, bool]:
     return core, prepends or scheme == "always"
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder, beside a file, or of a tokenizer file itself; told by content. ValueError or

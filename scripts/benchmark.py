@@ -1,13 +1,16 @@
-"""How fast is it here? Times decode, prefill and compilation of a model shape beside the machine's read bandwidth.
+"""How fast is it here? Times decode, prefill and compilation of a model shape beside the machine's read
+bandwidth.
 
     python scripts/benchmark.py --config scripts/shapes/llama-3.2-1b.json --compile
 
-The weights are random: speed does not depend on them, and any config.json of a dense Llama-like model will do. Decode
-at batch 1 reads every weight once a token, so the ceiling is bandwidth / bytes per token. The bandwidth of a shared
-machine drifts by a factor of two within minutes; hence everything is measured in rounds that alternate with the probe,
-and medians and shares are what to compare. The last line of stdout is the result, with --json as one object.
+The weights are random: speed does not depend on them, and any config.json of a dense Llama-like model will
+do. Decode at batch 1 reads every weight once a token, so the ceiling is bandwidth / bytes per token. The
+bandwidth of a shared machine drifts by a factor of two within minutes; hence everything is measured in rounds
+that alternate with the probe, and medians and shares are what to compare. The last line of stdout is the
+result, with --json as one object.
 
-What it is not: a test of quality, or of sampling: decode here is greedy, forward and argmax and the host's read of the id.
+What it is not: a test of quality, or of sampling: decode here is greedy, forward and argmax and the host's
+read of the id.
 """
 import argparse
 import json
@@ -59,7 +62,8 @@ def seconds(work) -> float:
 
 
 def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capacity: int):
-    """n greedy steps of `rows` rows that have `filled` tokens behind them, ids read by the host as in real use."""
+    """n greedy steps of `rows` rows that have `filled` tokens behind them, ids read by the host as in real
+    use."""
     device = model.tok_embeddings.weight.device
     tokens, positions = (torch.full((rows,), value, device=device) for value in (1, filled))
     greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, device)

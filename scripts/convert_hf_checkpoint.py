@@ -1,12 +1,15 @@
-"""Rewrite a checkpoint as one file that describes itself: weights fused as model.py wants them, config inside.
+"""Rewrite a checkpoint as one file that describes itself: weights fused as model.py wants them, config
+inside.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
 
-Converting is not needed to generate text, as checkpoint.py loads a Hugging Face folder as it is; one file is handier to
-copy, and quantize.py starts from one. Anything that loads can be converted: folders, .bin, .pt, .pth.
+Converting is not needed to generate text, as checkpoint.py loads a Hugging Face folder as it is; one file is
+handier to copy, and quantize.py starts from one. Anything that loads can be converted: folders, .bin, .pt,
+.pth.
 
-The default name is model_fast.safetensors, in the same folder: there the tokenizer's files lie beside it, and it is
-none of the names that Hugging Face gives to weights, so that loading the folder still means the original.
+The default name is model_fast.safetensors, in the same folder: there the tokenizer's files lie beside it,
+and it is none of the names that Hugging Face gives to weights, so that loading the folder still means the
+original.
 """
 import argparse
 import shutil
@@ -27,7 +30,8 @@ TOKENIZER = ("tokenizer*", "*.model", "vocab.json", "merges.txt", "special_token
 
 def convert(checkpoint_dir: Path, dtype: torch.dtype | None = None, output: Path | None = None,
             trust_architecture: bool = False) -> Path:
-    """Load `checkpoint_dir`, save it as `output`, see to the tokenizer beside it, and return the file's path."""
+    """Load `checkpoint_dir`, save it as `output`, see to the tokenizer beside it, and return the file's
+    path."""
     source = open_source(resolve(checkpoint_dir))
     folder = source.path if source.path.is_dir() else source.path.parent
     output = output or folder / "model_fast.safetensors"

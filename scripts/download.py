@@ -1,10 +1,11 @@
-"""Download what is needed of a model on Hugging Face's hub: weights (safetensors, or pickles where there are none),
-config and tokenizer.
+"""Download what is needed of a model on Hugging Face's hub: weights (safetensors, or pickles where there are
+none), config and tokenizer.
 
     python scripts/download.py meta-llama/Llama-3.2-1B
 
-generate.py accepts the hub's id as well and then uses the shared cache; this script makes a plain folder instead,
-checkpoints/<org>/<name> beside this repository's files. Nothing is loaded here: see checkpoint.py for that.
+generate.py accepts the hub's id as well and then uses the shared cache; this script makes a plain folder
+instead, checkpoints/<org>/<name> beside this repository's files. Nothing is loaded here: see checkpoint.py
+for that.
 """
 import argparse
 import sys
