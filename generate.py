@@ -63,7 +63,8 @@ class Sampling:
 
     def check(self) -> "Sampling":
         rules = [("temperature", self.temperature >= 0, "be 0 (greedy) or more"),
-                 ("top_k", self.top_k >= 0, "be 0 (off) or more"), ("top_p", 0 <= self.top_p <= 1, "lie in 0 ... 1"),
+                 ("top_k", self.top_k >= 0, "be 0 (off) or more"),
+                 ("top_p", 0 <= self.top_p <= 1, "lie in 0 ... 1"),
                  ("min_p", 0 <= self.min_p <= 1, "lie in 0 ... 1"),
                  ("repetition_penalty", self.repetition_penalty > 0, "be above 0")]
         for name, holds, rule in rules:
@@ -157,7 +158,8 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
     mode = "reduce-overhead" if torch.cuda.is_available() else None
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)    # batch and cache sizes
+    # every batch and cache size is a graph of its own, and past the limit a step would fail
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
                  torch.compile(decode, fullgraph=True, mode=mode) if compile_decode else decode,
                  PAD if compile_prefill else 1)
@@ -189,8 +191,8 @@ def make_room(model: Transformer, rows: int, length: int) -> bool:
         per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.tok_embeddings.weight.itemsize
         need, free = per_slot * max(rows, model.max_batch_size) * slots, free_memory(device)
         if free is not None and need > free:
-            raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.2f} GB beside the weights' "
-                             f"{weight_bytes(model) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+            raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.2f} GB beside the "
+                             f"weights' {weight_bytes(model) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
                              f"{free // (2 * per_slot * rows)} tokens a row would fit")
     return model.setup_caches(rows, length, slots)
 
@@ -205,7 +207,8 @@ def symbolic(tensor: Tensor, dim: int) -> Tensor:
 
 def attended(model: Transformer, n: int) -> Tensor:
     """The positions of the slots that a step looks at when n are filled."""
-    return symbolic(torch.arange(min(bucket(n), model.cache_slots), device=model.tok_embeddings.weight.device), 0)
+    slots = min(bucket(n), model.cache_slots)
+    return symbolic(torch.arange(slots, device=model.tok_embeddings.weight.device), 0)
 
 
 # ---- loops -------------------------------------------------------------------------------------------------
@@ -309,8 +312,8 @@ class Figures:
 
 
 @torch.no_grad()
-def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER, cached: int = 0,
-                  figures: Figures | None = None) -> Iterator[tuple[int, str]]:
+def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER,
+                  cached: int = 0, figures: Figures | None = None) -> Iterator[tuple[int, str]]:
     """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to
     reuse.
 
@@ -330,7 +333,8 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     sampler = Sampler(settings, prompts, model.args.vocab_size, device)
     logits = run_prefill(model, steps, prompts, cached)
     logits[0, 0].item()                                                         # wait: prefill is timed alone
-    figures.prompt_tokens, figures.prefill_s = sum(len(p) - cached for p in prompts), time.perf_counter() - began
+    figures.prefill_s = time.perf_counter() - began
+    figures.prompt_tokens = sum(len(p) - cached for p in prompts)
     tokens = sampler(logits)
     positions = torch.tensor([len(p) for p in prompts], device=device)
     decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
@@ -357,16 +361,18 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
 def rows_for(model: Transformer, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, stop=(),
              ignore_eos: bool = False, chat: bool = False) -> list[Row]:
     """Rows for prompts given as text or as ids, checked against the model's limit before any work starts."""
-    ends = set() if ignore_eos else model.end_ids | tokenizer.eos_ids | (tokenizer.turn_end_ids() if chat else set())
+    ends = set() if ignore_eos else model.end_ids | tokenizer.eos_ids
+    if chat and not ignore_eos:
+        ends |= tokenizer.turn_end_ids()
     stop = [stop] if isinstance(stop, str) else list(stop)
     rows = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise ValueError("the prompt is empty and this model has no beginning-of-text token; give some text")
+            raise ValueError("the prompt is empty and this model has no token to begin with; give some text")
         if not all(0 <= i < model.args.vocab_size for i in ids):
-            raise ValueError(f"the prompt has the id {max(ids)}, but the model has {model.args.vocab_size} tokens; "
-                             "the tokenizer does not belong to this model")
+            raise ValueError(f"the prompt has the id {max(ids)}, but the model has {model.args.vocab_size} "
+                             "tokens; the tokenizer does not belong to this model")
         check_length(len(ids), max_new_tokens, model.limit)
         rows.append(Row(tokenizer, ids, max_new_tokens, ends, stop, chat))
     return rows
@@ -376,8 +382,8 @@ def check_length(prompt: int, new: int, limit: int):
     if new < 0:
         raise ValueError(f"max_new_tokens is {new}; it must be 0 or more")
     if prompt + new > limit:
-        raise ValueError(f"{prompt} prompt tokens and {new} new ones make {prompt + new}, over the limit of {limit}; "
-                         "shorten one of them, or raise --max_seq_length if the model allows it")
+        raise ValueError(f"{prompt} prompt tokens and {new} new ones make {prompt + new}, over the limit of "
+                         f"{limit}; shorten one of them, or raise --max_seq_length if the model allows it")
 
 
 # ---- for Python callers ------------------------------------------------------------------------------------
@@ -411,18 +417,21 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], *,
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: list, *, max_new_tokens: int = 256, stop=(),
-             ignore_eos: bool = False, steps: Steps = EAGER, figures: Figures | None = None, **sampling) -> list[Row]:
+             ignore_eos: bool = False, steps: Steps = EAGER, figures: Figures | None = None,
+             **sampling) -> list[Row]:
     """Run prompts of any lengths as one batch; each row comes back with its ids, text and finish_reason."""
     rows = rows_for(model, tokenizer, prompts, max_new_tokens, stop, ignore_eos)
-    for _ in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps, figures=figures) if rows else ():
-        pass
+    if rows:
+        for _ in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps, figures=figures):
+            pass
     return rows
 
 
 def pick_device(name: str) -> torch.device:
     """auto: the accelerator if there is one."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        found = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if found else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -440,10 +449,11 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> tor
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        small = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors"))) <= 32 << 20
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        small = sum(file.stat().st_size for file in files) <= 32 << 20
         return torch.float32 if small and stored_dtype(path) == torch.float32 else torch.bfloat16
-    return torch.float16 if device.type == "mps" or (device.type == "cuda" and not torch.cuda.is_bf16_supported()) \
-        else torch.bfloat16
+    lacks_bfloat16 = device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    return torch.float16 if lacks_bfloat16 else torch.bfloat16
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

@@ -69,8 +69,9 @@ class ModelArgs:
     output_scale: float = 1.0               # multiplies the logits
 
     ropes: list[RopeArgs] = field(default_factory=lambda: [RopeArgs()])
-    layer_ropes: list[int] = field(default_factory=list)    # per layer an index into ropes, -1: no rope; []: all 0
-    layer_windows: list[int] = field(default_factory=list)  # per layer the keys a query sees, itself included; 0: all
+    # per layer: an index into ropes, -1 for no rope ([]: all 0); the keys a query sees, itself included (0: all)
+    layer_ropes: list[int] = field(default_factory=list)
+    layer_windows: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -87,7 +88,8 @@ class ModelArgs:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} attention heads cannot share {self.n_kv_heads} key/value heads")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unsupported activation '{self.activation}'; known are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"unsupported activation '{self.activation}'; "
+                             f"known are {', '.join(ACTIVATIONS)}")
         if not len(self.layer_ropes) == len(self.layer_windows) == self.n_layers:
             raise ValueError(f"{self.n_layers} layers, but a rope for {len(self.layer_ropes)} "
                              f"and a window for {len(self.layer_windows)}")
@@ -152,12 +154,14 @@ class Transformer(nn.Module):
             input_pos = torch.arange(T, device=tokens.device)
         input_pos = input_pos.expand(B, T)
         if self.cache_slots:
-            key_pos = torch.arange(slots or self.cache_slots, device=tokens.device).expand(B, -1)  # slot = position
+            key_pos = torch.arange(slots or self.cache_slots, device=tokens.device)  # slot s holds position s
+            key_pos = key_pos.expand(B, -1)
         else:
             key_pos = input_pos
             for rope in self.ropes:
                 rope.set_length(T)
-        masks = {window: attention_mask(input_pos, key_pos, window) for window in set(self.args.layer_windows)}
+        windows = set(self.args.layer_windows)
+        masks = {window: attention_mask(input_pos, key_pos, window) for window in windows}
         rotations = [rope(input_pos) for rope in self.ropes] + [None]                # index -1: no rotation
 
         x = self.tok_embeddings(tokens)                                              # [B, T, D]
@@ -181,14 +185,15 @@ class TransformerBlock(nn.Module):
         def norm(wanted):
             return RMSNorm(args.dim, args) if wanted else nn.Identity()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)       # sparse layers put a mixture of experts here, [B, T, D] -> same
+        self.feed_forward = FeedForward(args)       # a mixture of experts fits here: [B, T, D] -> the same
         self.attention_norm = norm(args.attention_norm)
         self.ffn_norm = norm(args.ffn_norm)
         self.post_attention_norm = norm(args.post_attention_norm)
         self.post_ffn_norm = norm(args.post_ffn_norm)
         self.residual_scale = args.residual_scale
 
-    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None,
+                mask: Tensor) -> Tensor:
         h = self.attention(self.attention_norm(x), input_pos, rotation, mask)
         x = x + self.post_attention_norm(h) * self.residual_scale
         h = self.feed_forward(self.ffn_norm(x))
@@ -211,7 +216,8 @@ class Attention(nn.Module):
         self.scale, self.softcap = args.attention_scale, args.attention_softcap
         self.cache = KVCache(args)
 
-    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None,
+                mask: Tensor) -> Tensor:
         B, T, _ = x.shape
         H, K, E = self.n_heads, self.n_kv_heads, self.head_dim
         q, k, v = self.wqkv(x).split([H * E, K * E, K * E], dim=-1)           # [B, T, H*E], [B, T, K*E] twice
@@ -359,7 +365,7 @@ class RotaryEmbedding(nn.Module):
             frequencies, self.amplitude = rope_frequencies(self.rope, self.max_position, length)
             self.frequencies, self.length = frequencies.to(device), length
 
-    def _apply(self, fn, recurse=True):     # .to(dtype) and .to_empty() keep the numbers, and follow only the device
+    def _apply(self, fn, recurse=True):     # .to(dtype) and .to_empty() move the numbers, and change nothing else
         frequencies = self.frequencies
         super()._apply(fn, recurse)
         self.frequencies = frequencies.to(self.frequencies.device)
@@ -439,7 +445,8 @@ def longrope(plain, rope, max_position, length):
     amplitude = s.get("attention_factor")
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    per_pair = torch.tensor(s["long_factor" if length > original else "short_factor"], dtype=torch.float32, device="cpu")
+    per_pair = s["long_factor" if length > original else "short_factor"]
+    per_pair = torch.tensor(per_pair, dtype=torch.float32, device="cpu")
     pair = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
     return 1.0 / (per_pair * rope.theta ** pair), amplitude  # plain / per_pair is an ulp off: 2e-3 at 100,000
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from checkpoint import args_from  # noqa: E402
-from generate import (EAGER, Sampler, Sampling, bytes_per_token, compile_steps, decode_n_tokens, make_room,  # noqa: E402
-                      peak_memory, pick_device, probe_bandwidth, run_prefill)
+from generate import (EAGER, Sampler, Sampling, bytes_per_token, compile_steps, decode_n_tokens,  # noqa: E402
+                      make_room, peak_memory, pick_device, probe_bandwidth, run_prefill)
 from model import Transformer  # noqa: E402
 
 
@@ -37,7 +37,8 @@ def tensor_names(config: dict) -> list[str]:
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
     parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    parts += [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    parts += [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    parts += [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
     parts += [f"self_attn.{p}_proj.bias" for p in "qkv"] if kind == "qwen2" else []
     parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
     return names + [f"model.layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
@@ -106,9 +107,11 @@ def measure(o: argparse.Namespace) -> dict:
 def result(o, model: Transformer, device, times: dict, first_prefill: float, first_decode: float) -> dict:
     median = {name: statistics.median(values) for name, values in times.items() if values}
     read = bytes_per_token(model)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True)
     found = {
-        "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size, "compile": o.compile,
+        "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size,
+        "compile": o.compile, "compile_prefill": o.compile_prefill,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
         "params": sum(p.numel() for p in model.parameters()), "bytes_per_token": read,
         "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
@@ -117,14 +120,15 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
         "prefill_tokens": o.prompt_tokens, "prefill_s": median["prefill"],
         "prefill_tok_s": o.batch_size * o.prompt_tokens / median["prefill"],
         "ttft_s": median["prefill"] + median["decode"], "first_prefill_s": first_prefill,
-        "compile_s": max(first_decode - o.new_tokens * median["decode"], 0.0), "peak_mem_bytes": peak_memory(device)}
+        "compile_s": max(first_decode - o.new_tokens * median["decode"], 0.0) if o.compile else 0.0,
+        "peak_mem_bytes": peak_memory(device)}
     if "large_cache" in median:
         found |= {"capacity": o.capacity, "large_cache_ratio": median["large_cache"] / median["decode"]}
     return found
 
 
 def main():
-    p = argparse.ArgumentParser(description="Time a model shape with random weights, beside the memory's bandwidth.")
+    p = argparse.ArgumentParser(description="Time a model shape with random weights, beside the bandwidth.")
     p.add_argument("--config", default=str(ROOT / "scripts/shapes/llama-3.2-1b.json"), help="a config.json")
     p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     p.add_argument("--device", default="auto")
@@ -145,15 +149,16 @@ def main():
     if o.json:
         print(json.dumps(found))
         return
-    print(f"{found['params'] / 1e6:.1f} M parameters, {o.dtype} on {found['device']}, {found['threads']} threads, torch "
-          f"{found['torch']}, commit {found['commit']}")
+    print(f"{found['params'] / 1e6:.1f} M parameters, {o.dtype} on {found['device']}, {found['threads']} threads, "
+          f"torch {found['torch']}, commit {found['commit']}")
     print(f"bandwidth probe  {found['bandwidth_probe_gbs']:8.1f} GB/s")
     print(f"decode           {found['decode_tok_s']:8.1f} tok/s   {found['bandwidth_gbs']:.1f} GB/s, "
           f"{100 * found['share_of_bandwidth']:.0f} % of the probe")
-    print(f"prefill of {o.prompt_tokens:<5d} {found['prefill_tok_s']:8.1f} tok/s   first token after {found['ttft_s']:.3f} s")
+    print(f"prefill of {o.prompt_tokens:<5d} {found['prefill_tok_s']:8.1f} tok/s   "
+          f"first token after {found['ttft_s']:.3f} s")
     if "capacity" in found:
-        print(f"{o.capacity} slots      {found['large_cache_ratio']:8.2f} x the time of a step in a small cache")
-    print(f"compilation      {found['compile_s']:8.1f} s;  peak memory {found['peak_mem_bytes'] / 1e9:.2f} GB")
+        print(f"{o.capacity} slots      {found['large_cache_ratio']:8.2f} x a step's time in a small cache")
+    print(f"compilation      {found['compile_s']:8.1f} s; peak memory {found['peak_mem_bytes'] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":
