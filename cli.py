@@ -247,7 +247,8 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, re
     differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
     the conversation."""
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
-    report["compile_s"] = warm_up(model, steps, 1, BUCKET)
+    # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
+    report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD)
     say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or end of file ends.")
     messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache
     while True:
