@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from generate import (BUCKET, BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, bytes_per_token,
-                      compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory, probe_bandwidth, rows_for,
-                      run_prefill)
+from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, bytes_per_token,
+                      compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory,
+                      probe_bandwidth, rows_for, run_prefill)
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -40,34 +40,41 @@ def not_negative(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Generate text. It goes to stdout; figures and notes go to stderr.")
+    p = argparse.ArgumentParser(description="Generate text, to stdout; figures and notes go to stderr.")
     add = p.add_argument
-    add("--checkpoint_path", default=str(BUNDLED), help="a folder, a file or a hub id; default: the bundled model")
+    add("--checkpoint_path", default=str(BUNDLED),
+        help="a folder, a file or a hub id; default: the bundled model")
     add("--prompt", nargs="+", action="extend", default=[],
-        help="text, or an integer for a synthetic prompt of that many tokens; several make one batch of different rows")
+        help="text, or an integer for that many synthetic tokens; several make one batch of different rows")
     add("--prompt_file", help="read one prompt from this file, - for stdin")
-    add("--chat", action="store_true", help="use the model's chat template: answer --prompt, or without it converse")
+    add("--chat", action="store_true",
+        help="use the model's chat template: answer --prompt, or without it converse")
     add("--system", help="the system message of a chat")
-    add("--template_arg", action="append", default=[], metavar="KEY=VALUE", help="variable for the chat template")
+    add("--template_arg", action="append", default=[], metavar="KEY=VALUE",
+        help="variable for the chat template")
     add("--interactive", action="store_true", help="read prompts line by line, each a text of its own")
     add("--num_samples", type=positive, default=1, help="run the prompts this many times, with other seeds")
     add("--batch_size", type=positive, default=1, help="rows per prompt, each drawn on its own")
     add("--max_new_tokens", type=not_negative, help="default: 256, or what fits; in a chat 1024")
-    add("--max_seq_length", type=positive, help="tokens a row may hold, prompt included; default: the model's own limit")
-    add("--temperature", type=float, help="0: the most likely token. Sampling defaults: the model's, else 0.8")
-    add("--top_k", type=int, help="draw from the k most likely tokens; 0: off; default: the model's, else 200")
+    add("--max_seq_length", type=positive,
+        help="tokens a row may hold, prompt included; default: the model's own limit")
+    add("--temperature", type=float, help="0: the most likely token; default: the model's, else 0.8")
+    add("--top_k", type=int,
+        help="draw from the k most likely tokens; 0: off; default: the model's, else 200")
     add("--top_p", type=float, help="draw from the most likely tokens that make up this mass; 1: off")
     add("--min_p", type=float, help="drop tokens less likely than this times the most likely; 0: off")
     add("--repetition_penalty", type=float, help="1: off")
     add("--seed", type=not_negative, help="same seed, same text; default: another one each run")
     add("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
     add("--ignore_eos", action="store_true", help="generate max_new_tokens whatever comes")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, xpu; default: the accelerator if there is one")
+    add("--device", default="auto",
+        help="cpu, cuda, cuda:1, mps, xpu; default: the accelerator if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--compile", action="store_true", help="compile the one-token step (some seconds to a minute, once)")
     add("--compile_prefill", action="store_true", help="compile the prompt's step too")
     add("--profile", metavar="FILE", help="write a trace of the last sample for chrome://tracing")
-    add("--json", action="store_true", help="print one JSON object with texts and figures instead of the text")
+    add("--json", action="store_true",
+        help="print one JSON object with texts and figures instead of the text")
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add("--trust_architecture", action="store_true", help="load a model_type this program does not know")
     return p
@@ -126,7 +133,7 @@ def chat_ids(o: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict]) 
 
 
 def sampling_flags(o: argparse.Namespace, sample: int = 0) -> dict:
-    flags = {name: getattr(o, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
+    flags = {name: getattr(o, name) for name in Sampling.__dataclass_fields__}
     return flags | ({"seed": o.seed + sample} if o.seed is not None else {})
 
 
@@ -204,23 +211,29 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
     report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
     if (o.json or not o.quiet) and "bandwidth_probe_gbs" not in report:
         report["bandwidth_probe_gbs"] = probe_bandwidth(model.tok_embeddings.weight.device) / 1e9
-    say(o, f"prefill {f.prompt_tokens} tokens, {rate(f.prompt_tokens, f.prefill_s):.1f} tok/s; first token after "
-           f"{f.ttft_s:.3f} s; decode {f.decode_tokens} tokens, {rate(f.decode_tokens, f.decode_s):.1f} tok/s, "
+    if report.get("compile_s"):
+        say(o, f"compiled in {report['compile_s']:.1f} s")
+    say(o, f"prefill {f.prompt_tokens} tokens, {rate(f.prompt_tokens, f.prefill_s):.1f} tok/s; "
+           f"first token after {f.ttft_s:.3f} s; "
+           f"decode {f.decode_tokens} tokens, {rate(f.decode_tokens, f.decode_s):.1f} tok/s, "
+           f"{report['bytes_per_token'] / 1e6:.1f} MB a token, "
            f"{report['bandwidth_gbs']:.1f} of {report.get('bandwidth_probe_gbs', 0):.1f} GB/s; "
-           f"peak memory {peak_memory(model.tok_embeddings.weight.device) / 1e9:.2f} GB; seed {settings.seed}; "
+           f"peak memory {peak_memory(model.tok_embeddings.weight.device) / 1e9:.2f} GB; "
+           f"seed {settings.seed}; "
            f"{', '.join(sorted({row.finish_reason for row in rows}))}")
 
 
 def summary(model: Transformer, report: dict, rows: list[Row], f: Figures, settings: Sampling) -> dict:
     """The object that --json prints; keys are stable, numbers are numbers."""
     return report | asdict(settings) | {
-        "prompt_tokens": f.prompt_tokens, "prefill_s": f.prefill_s, "prefill_tok_s": rate(f.prompt_tokens, f.prefill_s),
+        "prompt_tokens": f.prompt_tokens, "prefill_s": f.prefill_s,
+        "prefill_tok_s": rate(f.prompt_tokens, f.prefill_s),
         "ttft_s": f.ttft_s, "new_tokens": f.new_tokens, "decode_s": f.decode_s,
         "decode_tok_s": rate(f.decode_tokens, f.decode_s),
         "peak_mem_bytes": peak_memory(model.tok_embeddings.weight.device),
         "text": rows[0].text, "finish_reason": rows[0].finish_reason,
-        "rows": [{"text": row.text, "ids": row.ids, "prompt_tokens": len(row.prompt), "new_tokens": len(row.ids),
-                  "finish_reason": row.finish_reason} for row in rows]}
+        "rows": [{"text": row.text, "ids": row.ids, "prompt_tokens": len(row.prompt),
+                  "new_tokens": len(row.ids), "finish_reason": row.finish_reason} for row in rows]}
 
 
 # ---- conversation ------------------------------------------------------------------------------------------
@@ -249,7 +262,8 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, re
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
     report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD)
-    say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or end of file ends.")
+    say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or the input's end "
+           "ends it.")
     messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache
     while True:
         try:
@@ -282,30 +296,35 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, report: d
     """Print one answer; return the ids that the cache holds afterwards."""
     figures, settings = Figures(), Sampling.of(model, **sampling_flags(o))
     try:
-        with closing(generate_rows(model, [row], settings, steps=steps, cached=cached, figures=figures)) as pieces:
+        pieces = generate_rows(model, [row], settings, steps=steps, cached=cached, figures=figures)
+        with closing(pieces):
             for _, piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         row.finish_reason = "interrupted"
     print(flush=True)
     report_run(o, model, report, [row], settings, figures)
-    return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was drawn, but never fed
+    return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was never fed
 
 
 # ---- entry -------------------------------------------------------------------------------------------------
 
 def run(o: argparse.Namespace):
     began = time.perf_counter()
-    model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
+    model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype,
+                                  trust_architecture=o.trust_architecture)
     weight = model.tok_embeddings.weight
     if o.max_seq_length is not None:
         if o.max_seq_length > model.args.max_position:
-            say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} the model knows")
+            say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} tokens "
+                   "the model was trained for")
         model.limit = o.max_seq_length
     report = {"model": o.checkpoint_path, "params": sum(p.numel() for p in model.parameters()),
               "dtype": str(weight.dtype).removeprefix("torch."), "quant": None, "device": str(weight.device),
-              "torch": torch.__version__, "python": sys.version.split()[0], "load_s": time.perf_counter() - began}
-    say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, {report['dtype']} on {weight.device}, "
+              "torch": torch.__version__, "python": sys.version.split()[0],
+              "load_s": time.perf_counter() - began}
+    say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, {report['dtype']} "
+           f"on {weight.device}, "
            f"loaded in {report['load_s']:.2f} s")
     if o.chat and tokenizer.chat_template is None:
         say(o, "note: this model has no chat template; messages go in as plain text")

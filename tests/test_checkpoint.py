@@ -15,7 +15,7 @@ from torch import Tensor
 import checkpoint
 from checkpoint import (CheckpointError, args_from, end_ids, load_checkpoint, plan, read_args, read_generation_config,
                         resolve, save_checkpoint, stored_dtype, weight_bytes)
-from model import ModelArgs, Transformer
+from model import Transformer
 
 D, F, V, L, H, K, E = 64, 96, 50, 3, 4, 2, 16
 CONFIG = dict(model_type="llama", hidden_size=D, intermediate_size=F, vocab_size=V, num_hidden_layers=L,

@@ -1,7 +1,6 @@
 """tokenizer.py against stored vectors, against `tokenizers` and transformers, and against itself."""
 import json
 import random
-import unicodedata
 from pathlib import Path
 
 import pytest
