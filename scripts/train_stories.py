@@ -82,7 +82,7 @@ def split_stories(text: str) -> list[str]:
         story.append(first)
         for other in others:
             stories, story = stories + [story], [other]
-    return [clean("\n\n".join(story)) for story in stories]                          # again without the last
+    return [clean("\n\n".join(story)) for story in stories]                        # `story`, the last one, likewise
 
 
 def read_stories(folder: Path, talk: bool = True) -> list[str]:
