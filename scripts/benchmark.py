@@ -88,7 +88,7 @@ def measure(o: argparse.Namespace) -> dict:
         run_prefill(model, steps, rows)[0, 0].item()
     make_room(model, o.batch_size, o.prompt_tokens)
     first_prefill = seconds(prefill)
-    small = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, 200)
+    small = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.filled + o.new_tokens)
     first_decode = seconds(small)
     times = {"probe": [], "decode": [], "prefill": [], "large_cache": []}
     for _ in range(o.rounds):                       # alternating: all see the same drift
