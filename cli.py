@@ -192,6 +192,7 @@ def tracing(path: str | None, model: Transformer):
     if path is None:
         yield
         return
+    Path(path).touch()                  # fail now, not after the work
     with torch.profiler.profile() as profile:
         yield
     profile.export_chrome_trace(path)
