@@ -1,21 +1,18 @@
 """Text to token ids and back, exactly as the checkpoint's authors had it, and chat templates.
 
-What it is: readers for the tokenizer files that models come with (sentencepiece, tiktoken ranks,
-tokenizer.json, vocab.json + merges.txt, tekken.json, llama2.c's tok.bin), told apart by content, and one
-`Tokenizer` around them for added tokens, begin-of-text, streaming and chat. What it is not: a trainer, or a
-general tokenizer.json interpreter: kinds that generation models do not use (Unigram json, WordPiece) are
-refused by name.
+What it is: readers for the tokenizer files that models come with (tokenizer.json, sentencepiece, tiktoken
+ranks, vocab.json + merges.txt, tekken.json, llama2.c's tok.bin), told apart by content, and one `Tokenizer`
+around them for added tokens, begin-of-text, streaming and chat. What it is not: a trainer, or a reader of
+every tokenizer.json: what text generation does not use (Unigram, WordPiece) is refused by name.
 
-Reading order: `Tokenizer`, `StreamDetokenizer`, then the three cores `ByteLevelBPE` (through tiktoken),
-`SentencePiece`, `HeapBPE`, then `load_tokenizer` and the files. Next stop: generate.py.
-
-A core has `encode(text, first)`, where `first` says that nothing stands before the text,
-`token_bytes(id)`, `pieces` (token -> id), `eos_id`, and `strips_space`: does decoding a whole text drop
-one leading space.
+Reading order: `Tokenizer`, `AddedFinder`, `StreamDetokenizer`, chat templates; the three cores `ByteLevelBPE`
+(through tiktoken), `HeapBPE` and `SentencePiece`; what a tokenizer.json does around the first two; files.
+Next stop: generate.py.
 """
 import base64
 import codecs
 import heapq
+import importlib
 import json
 import re
 import struct
@@ -24,67 +21,85 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-SPACE = "▁"
+SPACE = "▁"                                                 # sentencepiece's visible space
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
-                  7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+EVERYTHING = r"(?s:.+)"
+
+
+class TokenizerError(ValueError):
+    """One sentence for the user: which file, what is wrong, the way out."""
+
+
+class Unsupported(TokenizerError):
+    """A sound file of a kind that is not read here; another file beside it may do."""
 
 
 @dataclass
 class Added:
-    """A token that is found in the text before the core sees it; lstrip and rstrip eat the spaces beside
-    it."""
+    """A token found in the text before the core sees it; lstrip and rstrip eat the spaces beside it."""
     id: int
     content: str
     lstrip: bool = False
     rstrip: bool = False
-    special: bool = True
+    special: bool = True            # not shown when decoding
+    normalized: bool = False        # looked for after the normalizer, not before it
+    single_word: bool = False       # only where no letter or digit touches it
 
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 class Tokenizer:
-    def __init__(self, core, added: list[Added], config: dict, *, bos: str | None, add_bos: bool,
-                 prefix_after_added: bool = False, templates: dict[str, str] | None = None):
-        self.core, self.config = core, config
+    """Made by `load_tokenizer`. `vocab_size` is the highest id plus one; `bos_id` the begin-of-text id or
+    None; `eos_ids` the ends that the tokenizer's own files name; `chat_template` a Jinja source or None."""
+
+    def __init__(self, core: "Core", added: list[Added], config: dict, *, bos: str | None = None,
+                 add_bos: bool = False):
+        self.core, self.chat_template = core, None
+        self.add_bos = config.get("add_bos_token", add_bos)
+        self.special = {name: text_of(value) for name, value in config.items()
+                        if name.endswith("_token") and text_of(value)}
+        if bos:
+            self.special.setdefault("bos_token", bos)
         self.added = {token.content: token for token in added}
-        self.added_by_id = {token.id: token for token in added}
-        self.prefix_after_added = prefix_after_added
-        self.add_bos = add_bos
-        self.bos_id = self.token_id(text_of(config.get("bos_token")) or bos or "")
-        eos = text_of(config.get("eos_token"))
-        self.eos_ids = {i for i in (self.token_id(eos) if eos else core.eos_id,) if i is not None}
-        self.chat_template = (templates or {}).get("default")
-        self.vocab_size = 1 + max([*core.pieces.values(), *self.added_by_id], default=-1)
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        for name in (*self.special.values(), *map(text_of, config.get("additional_special_tokens") or [])):
+            if name in self.added:
+                self.added[name].special = True
+            elif name and (i := core.token_id(name)) is not None:
+                self.added[name] = Added(i, name)
+        self.added_by_id = {token.id: token for token in self.added.values()}
+        self.early = AddedFinder({t.content: t for t in self.added.values() if t.special or not t.normalized})
+        self.late = AddedFinder({core.normalize(t.content): t for t in self.added.values()
+                                 if t.normalized and not t.special})
+        self.bos_id = self.token_id(self.special.get("bos_token", ""))
+        eos = self.token_id(self.special["eos_token"]) if "eos_token" in self.special else core.eos_id
+        self.eos_ids = set() if eos is None else {eos}
+        self.vocab_size = max([core.size, *(i + 1 for i in self.added_by_id)])
 
     def token_id(self, token: str) -> int | None:
-        return self.added[token].id if token in self.added else self.core.pieces.get(token)
+        """The id of a token given by its text, None where there is none."""
+        return self.added[token].id if token in self.added else self.core.token_id(token)
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
-        """Ids of a text. bos None: as the tokenizer's files say. special False: added tokens in it are
-        plain text."""
+        """Ids of a text. bos None: as the tokenizer's files say. special False: added tokens in it are plain
+        text (but what a sentencepiece model calls user-defined stays whole)."""
         ids = [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
-        at, after_added = 0, False
-        matches = list(self.pattern.finditer(text)) if special and self.pattern else []
-        for match in [*matches, None]:
-            token = self.added[match.group()] if match else None
-            plain = text[at:match.start() if match else len(text)]
-            plain = plain.rstrip() if token and token.lstrip else plain
-            if plain:
-                ids += self.core.encode(plain, not after_added or self.prefix_after_added)
-            if token:
-                ids.append(token.id)
-                at, after_added = match.end(), True
-                if token.rstrip:
-                    at += len(text[at:]) - len(text[at:].lstrip())
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # lone ones, from argv
+        parts = list(self.early.split(text)) if special else [text]
+        for n, part in enumerate(parts):
+            if isinstance(part, Added):
+                ids.append(part.id)
+                continue
+            plain = self.core.normalize(part)
+            for m, piece in enumerate(self.late.split(plain) if special else [plain]):
+                ids += [piece.id] if isinstance(piece, Added) else self.core.encode(piece, n == m == 0)
         return ids
 
     def decode(self, ids, *, skip_special: bool = True) -> str:
+        """The text of ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         detokenizer = self.detokenizer(skip_special=skip_special)
         return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
@@ -95,44 +110,90 @@ class Tokenizer:
         """What an id adds to the text: nothing for special tokens and for ids beyond the vocabulary."""
         if token in self.added_by_id:
             added = self.added_by_id[token]
-            return b"" if added.special and skip_special else added.content.encode()
+            shown = not (added.special and skip_special)
+            return added.content.replace(self.core.space, " ").encode() if shown else b""
         return self.core.token_bytes(token)
 
     def render_chat(self, messages: list[dict], *, add_generation_prompt: bool = True, **arguments) -> str:
-        """Messages {role, content} through the chat template. ValueError with the template's own
-        complaint."""
+        """Messages {role, content} through the chat template. ValueError with the template's complaint."""
         if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template; give the prompt as plain text")
-        import jinja2
-        special = {name: text_of(self.config.get(name))
-                   for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        variables = {"messages": messages, "tools": None, "documents": None,
-                     "add_generation_prompt": add_generation_prompt, **{k: v for k, v in special.items() if v}}
+            raise TokenizerError("this tokenizer has no chat template; give the prompt as plain text")
+        environment = template_environment()
+        variables = {"messages": [with_reasoning(m) for m in messages], "tools": None, "documents": None,
+                     "add_generation_prompt": add_generation_prompt, **self.special, **arguments}
         try:
-            return template_environment().from_string(self.chat_template).render(**(variables | arguments))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses: {error}") from None
+            return environment.from_string(self.chat_template).render(**variables)
+        except Exception as error:      # a template is somebody else's program: it can raise anything
+            raise TokenizerError(f"the chat template refuses: {error}") from None
 
     def encode_chat(self, messages: list[dict], **arguments) -> list[int]:
         """Ids of a rendered conversation. The template writes the begin-of-text token, so none is added."""
         return self.encode(self.render_chat(messages, **arguments), bos=False)
 
     def turn_end_ids(self) -> set[int]:
-        """The token that the template writes after an assistant's message, where there is one."""
+        """The token that the template writes after an assistant's message, empty where there is none."""
         mark = "ANSWER"
-        try:
-            text = self.render_chat([{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}],
-                                    add_generation_prompt=False)
-            tail = text[text.rindex(mark) + len(mark):].lstrip()
-        except ValueError:
-            return set()
-        match = self.pattern.match(tail) if self.pattern else None
-        return {self.added[match.group()].id} if match else set()
+        for content in (str, lambda text: [{"type": "text", "text": text}]):    # a few templates want lists
+            messages = [{"role": "user", "content": content("QUESTION")},
+                        {"role": "assistant", "content": content(mark)}]
+            try:
+                text = self.render_chat(messages, add_generation_prompt=False)
+            except ValueError:
+                continue
+            _, found, tail = text.rpartition(mark)
+            ids = self.encode(tail.lstrip(), bos=False) if found else []
+            if ids and ids[0] in self.added_by_id:
+                return {ids[0]}
+        return set()
+
+
+class AddedFinder:
+    """Cuts text at added tokens: the leftmost first, the longest of those. Gemma 3 has 6,415: a regular
+    expression of alternatives would try them all at every character."""
+    white = re.compile(f"[{WHITE}]*")
+
+    def __init__(self, tokens: dict[str, Added]):
+        self.tokens = {text: token for text, token in tokens.items() if text}
+        lengths: dict[str, set[int]] = {}
+        for text in self.tokens:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self.lengths = {first: sorted(ns, reverse=True) for first, ns in lengths.items()}
+        self.start = re.compile("[" + re.escape("".join(lengths)) + "]") if lengths else None
+
+    def split(self, text: str):
+        """Yields str and Added in turn, no empty str."""
+        done = at = 0
+        while self.start and (match := self.start.search(text, at)):
+            begin = match.start()
+            spans = (text[begin:begin + n] for n in self.lengths[text[begin]])
+            found = next((span for span in spans if span in self.tokens), None)
+            if found is None:
+                at = begin + 1
+                continue
+            token, at = self.tokens[found], begin + len(found)
+            end = at
+            if token.single_word and any(map(in_word, text[begin - 1:begin] + text[end:end + 1])):
+                continue
+            if token.lstrip:
+                begin = done + len(text[done:begin].rstrip(WHITE))
+            if token.rstrip:
+                end = self.white.match(text, end).end()
+            if begin > done:
+                yield text[done:begin]
+            yield token
+            done = end
+        if done < len(text):
+            yield text[done:]
+
+
+def in_word(char: str) -> bool:
+    kind = unicodedata.category(char)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc")
 
 
 class StreamDetokenizer:
-    """Ids in, text out as soon as it is certain: never half a character. After a prompt ids, what follows
-    it."""
+    """Ids in, text out as soon as it is certain: never half a character. After a prompt's ids, what follows
+    it: a continuation keeps its leading space."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids=(), skip_special: bool = True):
         self.tokenizer, self.skip_special = tokenizer, skip_special
@@ -142,6 +203,7 @@ class StreamDetokenizer:
             self.push(token)
 
     def push(self, token: int) -> str:
+        """The text that this id completes, often one token's and sometimes none."""
         data = self.tokenizer.token_bytes(token, self.skip_special)
         if self.at_start and data:
             data, self.at_start = data.removeprefix(b" "), False
@@ -154,12 +216,19 @@ class StreamDetokenizer:
 
 # ---- chat templates ----------------------------------------------------------------------------------------
 
+def with_reasoning(message: dict) -> dict:
+    """Reasoning goes by three names; templates read the first or, gpt-oss's, the second."""
+    names = [name for name in ("reasoning_content", "thinking", "reasoning") if message.get(name) is not None]
+    if not names:
+        return message
+    return {"thinking": message[names[0]], **message, "reasoning_content": message[names[0]]}
+
+
 def template_environment():
     """Jinja as transformers sets it up, sandboxed: a template is a program somebody else wrote."""
-    import jinja2.ext
-    import jinja2.sandbox
+    jinja2, sandbox, ext = need("jinja2"), need("jinja2.sandbox"), need("jinja2.ext")
 
-    class Generation(jinja2.ext.Extension):  # {% generation %} marks the assistant's part; it changes no text
+    class Generation(ext.Extension):        # {% generation %} marks the assistant's part; it changes no text
         tags = {"generation"}
 
         def parse(self, parser):
@@ -174,178 +243,136 @@ def template_environment():
         raise jinja2.TemplateError(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.filters["tojson"] = tojson                  # jinja's own escapes HTML
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
 
 
-def read_templates(folder: Path, config: dict) -> dict[str, str]:
-    templates = config.get("chat_template") or {}
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    elif isinstance(templates, list):
-        templates = {t["name"]: t["template"] for t in templates}
-    if (folder / "chat_template.jinja").exists():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif "default" not in templates and (folder / "chat_template.json").exists():
-        templates["default"] = read_json(folder / "chat_template.json").get("chat_template")
-    return templates
+def read_template(folder: Path, config: dict) -> str | None:
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    templates = config.get("chat_template")
+    if templates is None and (folder / "chat_template.json").is_file():
+        templates = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    return templates.get("default") if isinstance(templates, dict) else templates
 
 
-# ---- byte-level BPE, through tiktoken ----------------------------------------------------------------------
+# ---- cores -------------------------------------------------------------------------------------------------
+
+class Core:
+    """Text between added tokens to ids. Has `size`, the highest id plus one; `encode(text, first)`, where
+    `first` says that nothing stands before the text (some put a space there); `token_bytes(id)`, nothing for
+    an id it does not know; `token_id(text)`."""
+    space = SPACE                   # what its tokens hold for a space
+    strips_space = True             # decoding a whole text drops one leading space
+    eos_id: int | None = None
+
+    def normalize(self, text: str) -> str:
+        return text
+
+
+# ---- byte-level BPE, through tiktoken
 
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes, character -> byte: printable ones are themselves, the rest
-    from U+0100."""
+    follow from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-class ByteLevelBPE:
-    """Ids by bytes and a split pattern. `outer` patterns cut the text before the last one, which tiktoken
-    applies."""
-    strips_space = False
-    eos_id = None
+class ByteLevelBPE(Core):
+    """Merges of bytes. `ids` maps tokens to ids, `order` lists what merges make, first merges first (None:
+    the ids are that order), `split` is the pattern that cuts words."""
+    space, strips_space = " ", False
 
-    def __init__(self, ids: dict[bytes, int], split: str, *, merges: list[tuple[bytes, bytes]] | None = None,
-                 outer=(), nfc: bool = False, prefix_space: bool = False):
-        import tiktoken
-        self.bytes_of = {i: data for data, i in ids.items()}
-        self.pieces = {data.decode("utf-8", "replace"): i for data, i in ids.items()}
-        ranks, self.renumber = ids, None
-        if merges is not None:          # an id need not grow with its merge's rank: rank by merge, renumber afterwards
-            order = dict.fromkeys(bytes([b]) for b in range(256))
-            order |= dict.fromkeys(a + b for a, b in merges)
-            order |= dict.fromkeys(ids)
-            ranks = {data: rank for rank, data in enumerate(order)}
-            self.renumber = [ids.get(data) for data in order]
-        self.encoding = tiktoken.Encoding("model", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        self.outer, self.nfc, self.prefix_space = list(outer), nfc, prefix_space
+    def __init__(self, ids: dict[bytes, int], split: str, order=None):
+        tiktoken = need("tiktoken")
+        self.ids, self.bytes_of = ids, {i: token for token, i in ids.items()}
+        self.size = 1 + max(self.bytes_of, default=-1)
+        order = sorted(ids, key=ids.get) if order is None else order
+        single = (bytes([b]) for b in range(256))           # tiktoken needs every one
+        order = list(dict.fromkeys([*single, *order]))
+        self.id_of_rank = [ids.get(token) for token in order]
+        try:
+            self.encoding = tiktoken.Encoding("model", pat_str=split, special_tokens={}, mergeable_ranks={
+                token: rank for rank, token in enumerate(order)})
+        except ValueError as error:
+            raise Unsupported(f"the pattern {split!r} is not understood ({error})") from None
 
     def encode(self, text: str, first: bool) -> list[int]:
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        if self.prefix_space and not text.startswith(" "):
-            text = " " + text
-        parts = [text]
-        for pattern in self.outer:
-            parts = [piece for part in parts for piece in split_isolated(pattern, part)]
-        ids = [i for part in parts for i in self.encoding.encode_ordinary(part)]
-        return ids if self.renumber is None else [n for n in (self.renumber[i] for i in ids) if n is not None]
+        ids = [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+        return [i for i in ids if i is not None]
 
     def token_bytes(self, token: int) -> bytes:
         return self.bytes_of.get(token, b"")
 
-
-def split_isolated(pattern, text: str) -> list[str]:
-    """Cut a text at every match, keeping the matches as pieces of their own."""
-    pieces, at = [], 0
-    for match in pattern.finditer(text):
-        pieces += [text[at:match.start()], match.group()]
-        at = match.end()
-    return [piece for piece in [*pieces, text[at:]] if piece]
+    def token_id(self, token: str) -> int | None:
+        return self.ids.get(token.encode())
 
 
-def byte_level_from_json(data: dict, path: Path) -> ByteLevelBPE:
-    import regex
-    alphabet = byte_alphabet()
+def byte_level_from_json(model: dict, split: str, added=()) -> ByteLevelBPE:
+    alphabet = str.maketrans({char: chr(byte) for char, byte in byte_alphabet().items()})
 
     def to_bytes(token: str) -> bytes:
-        return bytes(alphabet[c] for c in token)
-
-    added = {token["content"] for token in data.get("added_tokens", [])}
-    ids = {to_bytes(token): i for token, i in data["model"]["vocab"].items()
-           if token not in added and all(c in alphabet for c in token)}
-    merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in data["model"]["merges"]]
-    splits, prefix_space = [], False
-    for step in flatten(data.get("pre_tokenizer"), "pretokenizers"):
-        kind = step["type"]
-        if kind == "Split":
-            pattern = step["pattern"]
-            splits.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-        elif kind == "Digits":
-            splits.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-        elif kind == "ByteLevel":
-            prefix_space = prefix_space or step.get("add_prefix_space", False)
-            if step.get("use_regex", True):
-                splits.append(GPT2_SPLIT)
-        else:
-            raise ValueError(f"'{path}' has a pre-tokenizer of type {kind}, which is not supported")
-    everything = r"(?s:.+)"
-    last = splits.pop() if splits and covers(splits[-1]) else everything
-    nfc = any(step["type"] == "NFC" for step in flatten(data.get("normalizer"), "normalizers"))
-    return ByteLevelBPE(ids, last, merges=merges, outer=[regex.compile(s) for s in splits], nfc=nfc,
-                        prefix_space=prefix_space)
-
-
-def covers(pattern: str) -> bool:
-    """Does a split pattern match everything? tiktoken drops what lies between matches, so that it has to."""
-    return r"\s+" in pattern and "[^" in pattern
-
-
-def flatten(step: dict | None, key: str) -> list[dict]:
-    if step is None:
-        return []
-    return [inner for part in step[key] for inner in flatten(part, key)] if step["type"] == "Sequence" else [step]
-
-
-# ---- sentencepiece -----------------------------------------------------------------------------------------
-
-class SentencePiece:
-    def __init__(self, path: Path):
-        import sentencepiece
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise ValueError(f"'{path}' is no sentencepiece model, or it is damaged; fetch it again") from None
-        size = self.model.get_piece_size()
-        self.names = [self.model.id_to_piece(i) for i in range(size)]
-        self.pieces = {name: i for i, name in enumerate(self.names)}
-        self.control = {i for i in range(size) if self.model.is_control(i) or self.model.is_unused(i)}
-        self.byte = {i: int(self.names[i][3:5], 16) for i in range(size) if self.model.is_byte(i)}
-        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
-        self.strips_space = self.model.encode("a", out_type=str)[:1] != ["a"]       # it has a dummy prefix
-        self.newline = self.model.encode("\n")
+            return token.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:              # an added token that the vocabulary lists too
+            return token.encode()
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        if first or not self.strips_space:
-            return self.model.encode(text)
-        return self.model.encode("\n" + text)[len(self.newline):]      # as a text that stands after something
-
-    def token_bytes(self, token: int) -> bytes:
-        if not 0 <= token < len(self.names) or token in self.control:
-            return b""
-        if token in self.byte:
-            return bytes([self.byte[token]])
-        return " \u2047 ".encode() if self.model.is_unknown(token) else self.names[token].replace(SPACE, " ").encode()
+    made = [m.replace(" ", "", 1) if isinstance(m, str) else m[0] + m[1] for m in model["merges"]]
+    if model.get("ignore_merges"):              # words that no merge makes are found whole
+        made += [token for token in model["vocab"] if token not in added]
+    ids = {to_bytes(token): i for token, i in model["vocab"].items()}
+    return ByteLevelBPE(ids, split, map(to_bytes, dict.fromkeys(made)))
 
 
-# ---- sentencepiece-style BPE of a tokenizer.json -----------------------------------------------------------
+# ---- sentencepiece-style BPE without sentencepiece
 
-class HeapBPE:
-    """Merges of neighbours, lowest rank first and leftmost among equals; unknown characters become byte
-    tokens."""
-    eos_id = None
+class HeapBPE(Core):
+    """Merges of neighbours, lowest `rank(a, b)` first and leftmost among equals; characters that are no piece
+    become byte tokens, or the unknown token."""
 
-    def __init__(self, pieces: dict[str, int], rank, normalize, pre_split=None, strips_space: bool = True):
-        self.pieces, self.rank, self.normalize, self.pre_split = pieces, rank, normalize, pre_split
+    def __init__(self, pieces: dict[str, int], rank, *, byte_fallback: bool = True, unk: str | None = "<unk>",
+                 fuse_unk: bool = True, ignore_merges: bool = False, strips_space: bool = True):
+        self.pieces, self.rank, self.ignore_merges = pieces, rank, ignore_merges
         self.strips_space = strips_space
         self.names = {i: piece for piece, i in pieces.items()}
+        self.size = 1 + max(self.names, default=-1)
+        self.unk, self.fuse_unk = pieces.get(unk), fuse_unk
+        self.byte_ids = [pieces.get(f"<0x{byte:02X}>") for byte in range(256)] if byte_fallback else [None]
+        self.bytes_of = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids) if i is not None}
+        # Where no piece runs on into the next word, words merge by themselves, and each needs it only once.
+        crossing = any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in pieces)
+        self.words = re.compile(EVERYTHING if crossing else f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
+        self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str, first: bool) -> list[int]:
-        text = self.normalize(text, first)
-        parts = self.pre_split(text) if self.pre_split else [text]
-        return [i for part in parts for i in self.encode_part(part)]
+        if self.ignore_merges and text in self.pieces:
+            return [self.pieces[text]]
+        ids = []
+        for word in self.words.findall(text):
+            if word not in self.known:
+                if len(self.known) > 100_000:
+                    self.known.clear()
+                self.known[word] = self.merge(word)
+            ids += self.known[word]
+        if self.fuse_unk and self.unk in ids:
+            ids = [i for i, before in zip(ids, [None, *ids]) if i != self.unk or before != self.unk]
+        return ids
 
-    def encode_part(self, text: str) -> list[int]:
-        n = len(text)
-        piece, left, right = list(text), list(range(-1, n - 1)), list(range(1, n + 1))
+    def merge(self, word: str) -> list[int]:
+        n = len(word)
+        piece, left, right = list(word), list(range(-1, n - 1)), list(range(1, n + 1))
         heap = []
 
         def consider(a: int, b: int):
@@ -369,119 +396,278 @@ class HeapBPE:
     def piece_ids(self, piece: str) -> list[int]:
         if piece in self.pieces:
             return [self.pieces[piece]]
-        ids = [self.pieces.get(f"<0x{byte:02X}>") for byte in piece.encode()]
-        return ids if None not in ids else [i for i in (self.pieces.get("<unk>"),) if i is not None]
+        if None not in self.byte_ids:
+            return [self.byte_ids[byte] for byte in piece.encode()]
+        return [] if self.unk is None else [self.unk]
 
     def token_bytes(self, token: int) -> bytes:
-        piece = self.names.get(token, "")
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE, " ").encode()
+        if token in self.bytes_of:
+            return self.bytes_of[token]
+        return self.names.get(token, "").replace(SPACE, " ").encode()
+
+    def token_id(self, token: str) -> int | None:
+        return self.pieces.get(token)
 
 
-def heap_bpe_from_json(data: dict, path: Path) -> tuple[HeapBPE, bool]:
-    """The core, and whether a text after an added token begins with the dummy space too."""
-    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in data["model"]["merges"]]
-    ranks = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
-    steps = flatten(data.get("normalizer"), "normalizers")
-    scheme, split = "never", False
-    for step in flatten(data.get("pre_tokenizer"), "pretokenizers"):
-        if step["type"] == "Metaspace":
-            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
-            split = step.get("split", True)
-        elif not (step["type"] == "Split" and step["pattern"].get("String") == " "):    # Gemma's: no space is left
-            raise ValueError(f"'{path}' has a pre-tokenizer of type {step['type']}, which is not supported")
-    for step in steps:
-        if step["type"] not in ("Prepend", "Replace", "NFC", "NFKC"):
-            raise ValueError(f"'{path}' has a normalizer of type {step['type']}, which is not supported")
+# ---- sentencepiece
 
-    def normalize(text: str, first: bool) -> str:
-        for step in steps:
-            if step["type"] == "Prepend":
-                text = step["prepend"] + text if text else text
-            elif step["type"] == "Replace":
-                pattern = step["pattern"]
-                text = (re.sub(pattern["Regex"], step["content"], text) if "Regex" in pattern
-                        else text.replace(pattern["String"], step["content"]))
-            else:
-                text = unicodedata.normalize(step["type"], text)
-        if scheme != "never":
-            text = text.replace(" ", SPACE)
-            text = SPACE + text if first and not text.startswith(SPACE) else text
+class SentencePiece(Core):
+    """The sentencepiece package. `legacy`: a text after an added token begins with the dummy space too."""
+
+    def __init__(self, path: Path, legacy: bool):
+        data = path.read_bytes()
+        self.model = self.open(path, data)
+        self.size = self.model.get_piece_size()
+        self.names = [self.model.id_to_piece(i) for i in range(self.size)]
+        self.pieces = {name: i for i, name in enumerate(self.names)}
+        self.control = {i for i in range(self.size) if self.model.is_control(i) or self.model.is_unused(i)}
+        self.bytes_of = {i: bytes([int(name[3:5], 16)]) for i, name in enumerate(self.names)
+                         if self.model.is_byte(i)}
+        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.strips_space = self.model.encode("a", out_type=str)[0].startswith(SPACE)
+        # A protobuf's later fields win: this appends normalizer_spec { add_dummy_prefix: false }.
+        self.unprefixed = self.model if legacy else self.open(path, data + b"\x1a\x02\x18\x00")
+
+    @staticmethod
+    def open(path: Path, data: bytes):
+        package = need("sentencepiece")
+        try:
+            return package.SentencePieceProcessor(model_proto=data or b"\0")    # b"" would make a dead object
+        except (RuntimeError, OSError):
+            raise TokenizerError(f"'{path}' is no sentencepiece model, or it is cut short; "
+                                 "fetch it again") from None
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        return (self.model if first else self.unprefixed).encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.size or token in self.control:
+            return b""
+        if token in self.bytes_of:
+            return self.bytes_of[token]
+        text = " \u2047 " if self.model.is_unknown(token) else self.names[token]
+        return text.replace(SPACE, " ").encode()
+
+    def token_id(self, token: str) -> int | None:
+        return self.pieces.get(token)
+
+
+# ---- the steps of a tokenizer.json -------------------------------------------------------------------------
+
+class Steps(Core):
+    """A core with what a tokenizer.json does to the text before it: `normalizers`, functions of the text,
+    then `cuts`, functions of (list of pieces, first)."""
+
+    def __init__(self, core: Core, normalizers=(), cuts=()):
+        self.core, self.normalizers, self.cuts = core, normalizers, cuts
+        self.size, self.space, self.strips_space = core.size, core.space, core.strips_space
+        self.token_bytes, self.token_id = core.token_bytes, core.token_id
+
+    def normalize(self, text: str) -> str:
+        for step in self.normalizers:
+            text = step(text)
         return text
 
-    prepends = any(step["type"] == "Prepend" for step in steps)
-    strips = any(step["type"] == "Strip" or (step["type"] == "Metaspace" and scheme != "never")
-                 for step in flatten(data.get("decoder"), "decoders"))
-    pre_split = (lambda text: [p for p in re.split(f"(?={SPACE})", text) if p]) if split else None
-    core = HeapBPE(data["model"]["vocab"], lambda a, b: ranks.get((a, b)), normalize, pre_split, strips)
-    return core, prepends or scheme == "always"
+    def encode(self, text: str, first: bool) -> list[int]:
+        pieces = [text]
+        for cut in self.cuts:
+            pieces = cut(pieces, first)
+        return [i for piece in pieces for i in self.core.encode(piece, first)]
+
+
+def normalizer(step: dict):
+    """One normalizer of a tokenizer.json as a function of the text."""
+    kind = step["type"]
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return lambda text: unicodedata.normalize(kind, text)
+    if kind == "Lowercase":
+        return str.lower
+    if kind == "Prepend":
+        return lambda text: step["prepend"] + text if text else text
+    if kind == "Strip":
+        left, right = step["strip_left"], step["strip_right"]
+        return lambda text: (text.lstrip(WHITE) if left else text).rstrip(WHITE if right else "")
+    if kind == "Replace":
+        if "String" in step["pattern"]:
+            return lambda text: text.replace(step["pattern"]["String"], step["content"])
+        pattern = compiled(step["pattern"]["Regex"])
+        return lambda text: pattern.sub(lambda _: step["content"], text)
+    raise Unsupported(f"normalizer of type {kind}")
+
+
+def pre_tokenizer(step: dict) -> list:
+    """One pre-tokenizer of a tokenizer.json: cuts, or patterns (str) for "each match is a piece"."""
+    kind = step["type"]
+    if kind == "Split":
+        pattern, behavior = step["pattern"], step.get("behavior", "Isolated")
+        pattern = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+        if behavior == "Isolated":
+            return [isolated(pattern)]
+        if step.get("invert"):
+            behavior = {"Removed": "Matches"}.get(behavior, f"inverted {behavior}")
+        return [pattern if behavior == "Matches" else cutter(pattern, behavior)]
+    if kind == "Digits":
+        return [isolated(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")]
+    if kind == "ByteLevel":
+        prefix = [lambda pieces, first: [p if p.startswith(" ") else " " + p for p in pieces]]
+        words = [isolated(GPT2_SPLIT)]
+        return prefix * step.get("add_prefix_space", True) + words * step.get("use_regex", True)
+    if kind == "Metaspace":
+        scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+        return [metaspace(scheme)] + [cutter(SPACE, "MergedWithNext")] * step.get("split", True)
+    raise Unsupported(f"pre-tokenizer of type {kind}")
+
+
+def isolated(pattern: str) -> str:
+    """A pattern that also matches, as one piece, what lies between the matches of the given one."""
+    return f"{pattern}|(?s:(?:(?!{pattern}).)+)"
+
+
+def metaspace(scheme: str):
+    def cut(pieces: list[str], first: bool) -> list[str]:
+        pieces = [piece.replace(" ", SPACE) for piece in pieces]
+        return [SPACE + piece if not piece.startswith(SPACE)
+                and (scheme == "always" or scheme == "first" and first and n == 0) else piece
+                for n, piece in enumerate(pieces)]
+    return cut
+
+
+def cutter(pattern: str, behavior: str = "Matches"):
+    """Pieces cut at the matches of a pattern, which are kept alone, or dropped, or glued to a neighbour."""
+    if behavior not in ("Matches", "Removed", "MergedWithPrevious", "MergedWithNext"):
+        raise Unsupported(f"Split pre-tokenizer of behavior {behavior}")
+    find = compiled(pattern)
+
+    def cut_one(text: str):
+        at = 0
+        for match in find.finditer(text):
+            begin, end = match.span()
+            if behavior == "Matches":
+                yield match.group()
+            elif behavior == "Removed":
+                yield text[at:begin]
+                at = end
+            elif behavior == "MergedWithPrevious":
+                yield text[at:end]
+                at = end
+            else:
+                yield text[at:begin]
+                at = begin
+        if behavior != "Matches":
+            yield text[at:]
+
+    return lambda pieces, first: [part for piece in pieces for part in cut_one(piece) if part]
+
+
+def compiled(pattern: str):
+    regex = need("regex")           # the standard re knows no \p{L}
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise Unsupported(f"the pattern {pattern!r} is not understood ({error})") from None
+
+
+def flatten(step: dict | None, key: str) -> list[dict]:
+    """The steps of a Sequence, which may hold further ones; one step as a list of itself."""
+    if step is None or step["type"] != "Sequence":
+        return [step] if step else []
+    return [inner for part in step[key] for inner in flatten(part, key)]
+
+
+def core_from_json(data: dict) -> Steps:
+    """The model of a tokenizer.json with its steps. Unsupported names what is not known here."""
+    model = data["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else "unnamed")
+    if kind != "BPE":
+        raise Unsupported(f"model of type {kind} (BPE is what is read)")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise Unsupported(f"model with {option} {model[option]!r}")
+    normalizers = [normalizer(step) for step in flatten(data.get("normalizer"), "normalizers")]
+    before = flatten(data.get("pre_tokenizer"), "pretokenizers")
+    after = flatten(data.get("decoder"), "decoders")
+    cuts = [cut for step in before for cut in pre_tokenizer(step)]
+    if any(step["type"] == "ByteLevel" for step in (*before, *after)):
+        # The last pattern is left to tiktoken: fast, and its Unicode is that of the engine that made the ids.
+        split = cuts.pop() if cuts and isinstance(cuts[-1], str) else EVERYTHING
+        added = {token["content"] for token in data.get("added_tokens") or []}
+        core = byte_level_from_json(model, split, added)
+    else:
+        strips = any(step["type"] == "Strip" and step.get("start") or step["type"] == "Metaspace"
+                     and step.get("prepend_scheme", "always") != "never" for step in after)
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+        ranks = {(a, b): rank for rank, (a, b) in enumerate(pairs)}
+        flags = {name: bool(model.get(name)) for name in ("byte_fallback", "fuse_unk", "ignore_merges")}
+        core = HeapBPE(model["vocab"], lambda a, b: ranks.get((a, b)), unk=model.get("unk_token"),
+                       strips_space=strips, **flags)
+    return Steps(core, normalizers, [cutter(cut) if isinstance(cut, str) else cut for cut in cuts])
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a folder, beside a file, or of a tokenizer file itself; told by content. ValueError or
-    FileNotFoundError with one sentence."""
+    """The tokenizer in a folder, beside a weights file, or of a tokenizer file itself; told by content.
+    Raises FileNotFoundError where there is none, ValueError for one that is damaged or of an unknown kind."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    candidates = [folder / "tokenizer.json", folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken")),
-                  folder / "vocab.json", folder / "tekken.json", *sorted(folder.glob("tok*.model")),
-                  *sorted(folder.glob("tok*.bin"))]
-    if path.is_file() and (path in candidates or path.suffix in (".json", ".model", ".tiktoken")):
-        candidates = [path]
-    found = next((c for c in candidates if c.exists()), None)
-    if found is None:
-        raise FileNotFoundError(f"no tokenizer in '{folder}'; it needs tokenizer.json, tokenizer.model, *.tiktoken, "
-                                "vocab.json with merges.txt, tekken.json or tok*.bin beside the weights")
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    if (folder / "special_tokens_map.json").exists():
-        config = read_json(folder / "special_tokens_map.json") | config
-    try:
-        return read_tokenizer(found, config, read_templates(folder, config))
-    except (KeyError, TypeError, IndexError, struct.error, AttributeError) as error:
-        raise ValueError(f"'{found}' is damaged or of an unknown kind ({type(error).__name__}: {error})") from None
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= {key: value for key, value in read_json(folder / name).items() if value is not None}
+    refused = []
+    for file in tokenizer_files(path, folder):
+        try:
+            tokenizer = read_tokenizer(file, config)
+            tokenizer.chat_template = read_template(folder, config)
+            return tokenizer
+        except Unsupported as error:
+            refused.append(f"'{file}' is not supported: {error}")
+        except (TokenizerError, OSError):
+            raise
+        except Exception as error:      # what a damaged file makes raise can be anything
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise TokenizerError(f"'{file}' is damaged, or no tokenizer: {what}; fetch it again") from None
+    if refused:
+        raise TokenizerError("; ".join(refused))
+    raise FileNotFoundError(f"no tokenizer in '{folder}'; put tokenizer.json, tokenizer.model, *.tiktoken, "
+                            "vocab.json with merges.txt, tekken.json or tok*.bin beside the weights")
 
 
-def read_tokenizer(path: Path, config: dict, templates: dict) -> Tokenizer:
-    if path.name == "vocab.json":
-        return vocab_and_merges(path, config, templates)
-    if path.suffix == ".bin":
-        return llama2c_tokenizer(path, config, templates)
+def tokenizer_files(path: Path, folder: Path) -> list[Path]:
+    """Files to try, the best first. tokenizer.json leads because it carries the added tokens."""
+    patterns = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "tekken.json", "*.model",
+                "tok*.bin")
+    found = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+    if path.name == "merges.txt":
+        return [path.with_name("vocab.json")]
+    is_config = path.name.endswith(("config.json", "index.json"))
+    if path.is_file() and (path in found or path.suffix == ".json" and not is_config or llama2c_pieces(path)):
+        return [path]
+    return list(dict.fromkeys(found))
+
+
+def read_tokenizer(path: Path, config: dict) -> Tokenizer:
+    """One file by its content: JSON of three kinds, llama2.c's pieces, tiktoken's lines, else a protobuf."""
     with open(path, "rb") as file:
         head = file.read(4096)
-    if head.lstrip()[:1] == b"{" or path.suffix == ".json":
+    if path.suffix == ".json" or head.lstrip()[:1] == b"{":
         data = read_json(path)
-        return (json_tokenizer if "model" in data else tekken_tokenizer)(path, data, config, templates)
-    if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", head):
-        return tiktoken_tokenizer(path, config, templates)
-    return sentencepiece_tokenizer(path, config, templates)
+        if isinstance(data.get("model"), dict):
+            return json_tokenizer(data, config)
+        if isinstance(data.get("config"), dict):
+            return tekken_tokenizer(data, config)
+        return vocab_and_merges(path, data, config)
+    if pieces := llama2c_pieces(path):
+        return llama2c_tokenizer(pieces, config)
+    if re.match(rb"[A-Za-z0-9+/=]+ \d+\s", head):
+        return tiktoken_tokenizer(path, config)
+    return sentencepiece_tokenizer(path, config)
 
 
-def sentencepiece_tokenizer(path: Path, config: dict, templates: dict) -> Tokenizer:
-    core = SentencePiece(path)
-    added = added_from_config(path.parent, config)
-    known = {token.content for token in added}
-    added += [Added(i, core.names[i]) for i in sorted(core.control) if core.names[i] and core.names[i] not in known]
-    bos = core.names[core.model.bos_id()] if core.model.bos_id() >= 0 else None
-    return Tokenizer(core, added, config, bos=bos, add_bos=config.get("add_bos_token", True) is not False,
-                     prefix_after_added=bool(config.get("legacy", False)), templates=templates)
-
-
-def json_tokenizer(path: Path, data: dict, config: dict, templates: dict) -> Tokenizer:
-    kind = data["model"].get("type") or ("BPE" if "merges" in data["model"] else "unknown")
-    if kind != "BPE":
-        raise ValueError(f"'{path}' is a {kind} tokenizer, which is not supported; BPE ones are")
-    added = [Added(t["id"], t["content"], t.get("lstrip", False), t.get("rstrip", False), t.get("special", True))
-             for t in data.get("added_tokens", [])]
-    steps = flatten(data.get("pre_tokenizer"), "pretokenizers") + flatten(data.get("decoder"), "decoders")
-    if any(step["type"] == "ByteLevel" for step in steps):
-        core, prefix = byte_level_from_json(data, path), False
-    else:
-        core, prefix = heap_bpe_from_json(data, path)
+def json_tokenizer(data: dict, config: dict) -> Tokenizer:
+    added = [added_token(t["id"], t) for t in data.get("added_tokens") or []]
     bos = first_special(data.get("post_processor"))
-    add_bos = config["add_bos_token"] if config.get("add_bos_token") is not None else bos is not None
-    return Tokenizer(core, added, config, bos=bos, add_bos=add_bos, prefix_after_added=prefix, templates=templates)
+    return Tokenizer(core_from_json(data), added, config, bos=bos, add_bos=bos is not None)
 
 
 def first_special(processor: dict | None) -> str | None:
@@ -492,101 +678,130 @@ def first_special(processor: dict | None) -> str | None:
     return None
 
 
-def tiktoken_tokenizer(path: Path, config: dict, templates: dict) -> Tokenizer:
-    """Llama 3's ranks, with its 256 special ids after them, or Qwen's first ones."""
-    ids = {}
-    for line in path.read_bytes().splitlines():
-        token, _, rank = line.partition(b" ")
-        if token:
-            ids[base64.b64decode(token)] = int(rank)
-    added, bos, n = added_from_config(path.parent, config), None, len(ids)
-    if n == 128000:
-        names = {i: LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)}
-        there = {token.id for token in added}
-        added += [Added(n + i, f"<|{name}|>") for i, name in names.items() if n + i not in there]
-        bos = "<|begin_of_text|>"
-        config = {"eos_token": "<|end_of_text|>", "bos_token": bos} | config
-    split = LLAMA3_SPLIT if n == 128000 else QWEN_SPLIT
-    return Tokenizer(ByteLevelBPE(ids, split), added, config, bos=bos,
-                     add_bos=config.get("add_bos_token", bos is not None), templates=templates)
+def sentencepiece_tokenizer(path: Path, config: dict) -> Tokenizer:
+    core = SentencePiece(path, legacy=bool(config.get("legacy")))
+    listed = added_from_config(path.parent, config)
+    added = [Added(i, core.names[i]) for i in sorted(core.control) if core.names[i]] + listed
+    bos = core.names[core.model.bos_id()] if core.model.bos_id() >= 0 else None
+    return Tokenizer(core, added, config, bos=bos, add_bos=True)
 
 
-def vocab_and_merges(path: Path, config: dict, templates: dict) -> Tokenizer:
-    """GPT-2's two files; Qwen's classes use their own split pattern and NFC."""
+def tiktoken_tokenizer(path: Path, config: dict) -> Tokenizer:
+    """Ranks, a line each: Llama 3's, with 256 special ids after them, or Qwen 1's, with 208."""
+    try:
+        lines = map(bytes.split, path.read_bytes().splitlines())
+        ids = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError:
+        raise TokenizerError(f"'{path}' has a line that is not a token and its rank; it is cut short, "
+                             "fetch it again") from None
+    added, n, qwen = added_from_config(path.parent, config), len(ids), len(ids) == 151643
+    if qwen:
+        names, bos = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))], None
+    else:
+        spare = (f"reserved_special_token_{i}" for i in range(256))
+        known = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+                 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+        names, bos = [known.get(i) or next(spare) for i in range(256)], "<|begin_of_text|>"
+    there = {token.id for token in added}
+    added += [Added(n + i, f"<|{name}|>") for i, name in enumerate(names) if n + i not in there]
+    config = {"eos_token": "<|endoftext|>" if qwen else "<|end_of_text|>"} | config
+    return Tokenizer(ByteLevelBPE(ids, QWEN_SPLIT if qwen else LLAMA3_SPLIT), added, config, bos=bos,
+                     add_bos=bos is not None)
+
+
+def vocab_and_merges(path: Path, vocab: dict, config: dict) -> Tokenizer:
+    """GPT-2's two files, as the tokenizer.json they would make. Qwen's class has its own pattern and NFC."""
+    if not vocab or not all(isinstance(i, int) for i in vocab.values()):
+        raise TokenizerError(f"'{path}' is neither a tokenizer.json nor a vocabulary; fetch it again")
     merges_path = path.with_name("merges.txt")
-    if not merges_path.exists():
+    if not merges_path.is_file():
         raise FileNotFoundError(f"'{path}' needs merges.txt beside it")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines[lines[0].startswith("#version"):] if line]
     qwen = "Qwen" in config.get("tokenizer_class", "")
-    vocab, added, end = read_json(path), added_from_config(path.parent, config), "<|endoftext|>"
-    if end in vocab and end not in {token.content for token in added}:
-        added.append(Added(vocab[end], end))
-    core = byte_level_from_json(
-        {"model": {"vocab": vocab, "merges": merges}, "added_tokens": [{"content": t.content} for t in added],
-         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": QWEN_SPLIT if qwen else GPT2_SPLIT}},
-         "normalizer": {"type": "NFC"} if qwen else None}, path)
-    return Tokenizer(core, added, {"eos_token": end} | config, bos=None,
-                     add_bos=config.get("add_bos_token", False), templates=templates)
+    steps = [{"type": "Split", "pattern": {"Regex": QWEN_SPLIT if qwen else GPT2_SPLIT}}]
+    if config.get("add_prefix_space"):
+        steps.insert(0, {"type": "ByteLevel", "add_prefix_space": True, "use_regex": False})
+    core = core_from_json({"model": {"vocab": vocab, "merges": merges}, "decoder": {"type": "ByteLevel"},
+                           "normalizer": {"type": "NFC"} if qwen else None,
+                           "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}})
+    return Tokenizer(core, added_from_config(path.parent, config), {"eos_token": "<|endoftext|>"} | config)
 
 
-def tekken_tokenizer(path: Path, data: dict, config: dict, templates: dict) -> Tokenizer:
+def tekken_tokenizer(data: dict, config: dict) -> Tokenizer:
+    """Mistral's: ranks that start after the special ids."""
     settings = data["config"]
     shift = settings["default_num_special_tokens"]
-    ids = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in
+    ids = {base64.b64decode(entry["token_bytes"]): shift + entry["rank"] for entry in
            data["vocab"][:settings["default_vocab_size"] - shift]}
-    core = ByteLevelBPE(ids, settings["pattern"])
-    core.renumber = [rank + shift for rank in range(len(ids))]
-    core.bytes_of = {rank + shift: piece for rank, piece in core.bytes_of.items()}
-    core.pieces = {piece: rank + shift for piece, rank in core.pieces.items()}
-    special = data.get("special_tokens") or [{"rank": i, "token_str": t} for i, t in enumerate(["<unk>", "<s>", "</s>"])]
-    config = {"bos_token": "<s>", "eos_token": "</s>"} | config
-    return Tokenizer(core, [Added(t["rank"], t["token_str"]) for t in special], config, bos="<s>",
-                     add_bos=config.get("add_bos_token", True), templates=templates)
+    names = {entry["rank"]: entry["token_str"] for entry in data.get("special_tokens") or []}
+    added = [Added(i, name) for i, name in (names or {0: "<unk>", 1: "<s>", 2: "</s>"}).items()]
+    return Tokenizer(ByteLevelBPE(ids, settings["pattern"]), added, {"eos_token": "</s>"} | config, bos="<s>",
+                     add_bos=True)
 
 
-def llama2c_tokenizer(path: Path, config: dict, templates: dict) -> Tokenizer:
-    """llama2.c's tok.bin: a sentencepiece BPE as (score, piece) pairs; the best score merges first."""
-    data = path.read_bytes()
-    at, scores, names = 4, [], []
+def llama2c_pieces(path: Path) -> list[tuple[str, float]] | None:
+    """The (piece, score) pairs of a llama2.c tokenizer file, None for anything else."""
+    if path.suffix != ".bin" or path.stat().st_size > 1 << 26:
+        return None
+    data, at, pieces = path.read_bytes(), 4, []
     while at + 8 <= len(data):
         score, length = struct.unpack_from("<fI", data, at)
-        names.append(data[at + 8:at + 8 + length].decode("utf-8", "replace"))
-        scores.append(score)
+        pieces.append((data[at + 8:at + 8 + length].decode("utf-8", "replace"), score))
         at += 8 + length
-    if at != len(data) or len(names) < 259:
-        raise ValueError(f"'{path}' is no llama2.c tokenizer, or it is cut short")
-    pieces = {name.replace(" ", SPACE): i for i, name in reversed(list(enumerate(names))) if i > 2} | {"<unk>": 0}
+    return pieces if at == len(data) and len(pieces) >= 259 else None
+
+
+def llama2c_tokenizer(listed: list[tuple[str, float]], config: dict) -> Tokenizer:
+    """A sentencepiece BPE of which only pieces and scores are left: the best score merges first."""
+    pieces = {name.replace(" ", SPACE): i for i, (name, _) in reversed(list(enumerate(listed))) if i > 2}
+    pieces["<unk>"] = 0
 
     def rank(a: str, b: str) -> float | None:
         made = pieces.get(a + b)
-        return None if made is None else -scores[made]
+        return None if made is None else -listed[made][1]
 
-    def normalize(text: str, first: bool) -> str:
-        return (SPACE if first else "") + text.replace(" ", SPACE)
-    return Tokenizer(HeapBPE(pieces, rank, normalize), [Added(1, "<s>"), Added(2, "</s>")],
-                     {"eos_token": "</s>"} | config, bos="<s>", add_bos=True, templates=templates)
+    def prefix(texts: list[str], first: bool) -> list[str]:
+        return [(SPACE if first else "") + text.replace(" ", SPACE) for text in texts]
+
+    return Tokenizer(Steps(HeapBPE(pieces, rank), cuts=[prefix]), [Added(1, "<s>"), Added(2, "</s>")],
+                     {"eos_token": "</s>"} | config, bos="<s>", add_bos=True)
 
 
 def added_from_config(folder: Path, config: dict) -> list[Added]:
     """Added tokens where no tokenizer.json carries them."""
     listed = config.get("added_tokens_decoder") or {}
-    added = [Added(int(i), t["content"], t.get("lstrip", False), t.get("rstrip", False), t.get("special", True))
-             for i, t in listed.items()]
-    if not added and (folder / "added_tokens.json").exists():
-        special = {text_of(v) for v in config.values() if isinstance(v, (str, dict))}
-        added = [Added(i, text, special=text in special) for text, i in
-                 read_json(folder / "added_tokens.json").items()]
-    return added
+    if not listed and (folder / "added_tokens.json").is_file():
+        ids = read_json(folder / "added_tokens.json")
+        listed = {i: {"content": text, "special": False} for text, i in ids.items()}
+    return [added_token(int(i), token) for i, token in listed.items()]
 
 
-def text_of(token: str | dict | None) -> str | None:
-    """A token as configs give it: a string, or a dict that has its content."""
-    return token.get("content") if isinstance(token, dict) else token
+def added_token(i: int, token: dict) -> Added:
+    flags = {name: bool(token.get(name, False)) for name in ("lstrip", "rstrip", "normalized", "single_word")}
+    return Added(i, token["content"], special=token.get("special", True), **flags)
+
+
+def text_of(token) -> str | None:
+    """A token as configs give it: a string, or a dict that has its content. None for anything else."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON: {error}") from None
+        raise TokenizerError(f"'{path}' is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise TokenizerError(f"'{path}' holds a JSON {type(data).__name__}, not an object; fetch it again")
+    return data
+
+
+def need(package: str):
+    """A package that only some tokenizers use."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.split(".")[0]
+        raise TokenizerError(f"this needs the package {name}: pip install {name}") from None
