@@ -102,8 +102,6 @@ def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -
         raise ValueError("the prompt is empty; give some text")
     for i, prompt in enumerate(prompts):
         if prompt.isdigit():
-            if int(prompt) == 0:
-                raise ValueError("a synthetic prompt of 0 tokens is empty; give 1 or more")
             ids = torch.randint(min(vocab_size, tokenizer.vocab_size), (int(prompt),),
                                 generator=torch.Generator().manual_seed(0))
             prompts[i] = ids.tolist()
@@ -346,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
             Sampling(**{k: v for k, v in sampling_flags(o).items() if v is not None}).check()
     except ValueError as error:
         p.error(str(error))
+    if {"", "0"} & set(o.prompt):
+        p.error("the prompt is empty; give some text, or a number of synthetic tokens from 1 on")
     try:
         run(o)
     except torch.OutOfMemoryError as error:

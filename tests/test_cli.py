@@ -98,6 +98,14 @@ def test_defaults_bend_to_what_fits_and_wishes_do_not(folder, capsys):
     assert run(capsys, *tiny(folder), "--prompt", "590", "--max_new_tokens", 11, "--max_seq_length", 700)[0] == 0
 
 
+def test_interactive_reads_texts_of_their_own(folder, capsys, monkeypatch):
+    """A second prompt that still sees the first, or one that goes through the chat template."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nhello\n"))
+    code, out, err = run(capsys, *tiny(folder), "--interactive", "--max_new_tokens", 5)
+    alone = run(capsys, *tiny(folder), "--prompt", "hello", "--max_new_tokens", 5)[1]
+    assert code == 0 and out == alone * 2 and prefilled(err)[0] == len(load_tokenizer(folder).encode("hello"))
+
+
 def test_profile_writes_a_trace(folder, capsys, tmp_path):
     """A trace that is not JSON, or not there."""
     trace = tmp_path / "trace.json"
@@ -109,7 +117,7 @@ WRONG = [(["--max_new_tokens", "-1"], 2), (["--num_samples", "0"], 2), (["--batc
          (["--temperature", "-0.5"], 2), (["--temperature", "nan"], 2), (["--top_p", "1.5"], 2), (["--top_k", "-3"], 2),
          (["--min_p", "2"], 2), (["--repetition_penalty", "0"], 2), (["--max_seq_length", "0"], 2), (["--seed", "x"], 2),
          (["--dtype", "int3"], 2), (["--no_such_flag"], 2),
-         (["--prompt", ""], 1), (["--prompt", "0"], 1), (["--prompt_file", "/no/such/file"], 1),
+         (["--prompt", ""], 2), (["--prompt", "0"], 2), (["--prompt_file", "/no/such/file"], 1),
          (["--device", "nonsense"], 1), (["--checkpoint_path", "/no/such/model"], 1),
          (["--prompt", "700"], 1), (["--profile", "/no/such/folder/trace.json"], 1),
          (["--max_new_tokens", "9000000", "--max_seq_length", "99999999", "--batch_size", "4000"], 1)]
@@ -226,5 +234,5 @@ def test_a_reader_that_goes_away_is_no_error(folder):
     """`| head -1` that ends in a traceback."""
     command = (f"{sys.executable} generate.py --checkpoint_path {folder}/tiny.safetensors --quiet --num_samples 50 "
                "--max_new_tokens 50 | head -c 5")
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and b"Error" not in done.stderr, done.stderr
