@@ -303,6 +303,8 @@ class ByteLevelBPE(Core):
         single = (bytes([b]) for b in range(256))           # tiktoken needs every one
         order = list(dict.fromkeys([*single, *order]))
         self.id_of_rank = [ids.get(token) for token in order]
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ids)    # small vocabularies lack some
+        self.words = need("regex").compile(split) if self.missing else None
         try:
             self.encoding = tiktoken.Encoding("model", pat_str=split, special_tokens={}, mergeable_ranks={
                 token: rank for rank, token in enumerate(order)})
@@ -310,8 +312,13 @@ class ByteLevelBPE(Core):
             raise Unsupported(f"the pattern {split!r} is not understood ({error})") from None
 
     def encode(self, text: str, first: bool) -> list[int]:
-        ids = [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
-        return [i for i in ids if i is not None]
+        if not self.missing:
+            return [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+        ids = []            # bytes that are no token vanish from a word before its merges, not after them
+        for match in self.words.finditer(text):
+            word = match.group().encode().translate(None, self.missing)
+            ids += [self.id_of_rank[rank] for rank in self.encoding._encode_single_piece(word)] if word else []
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
         return self.bytes_of.get(token, b"")
