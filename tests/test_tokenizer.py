@@ -18,7 +18,7 @@ from tokenizer import load_tokenizer
 DATA = Path(__file__).resolve().parent / "data"
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints" / "stories"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs real files of ../shared/data, which is absent")
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data, which is absent")
 ALPHABET = [*" \t\n\r\u00a0\u3000\u200b\u2028\u0085\ufeff\x1c'’0123456789٣𝟗ſ½²aAbéßñ\u0301\u0302x_-.,!?<>|▁",
             *"中文字日本한국😀", "👩\u200d👧\u200d👦", "def f(x):\n    return x\n", "'ll", "'S", " hello", "World",
             "\r\n", "  ", "\n\n"]
@@ -54,7 +54,7 @@ def assert_same(ours, reference, texts, decoding: bool = True):
             assert ours.decode(ids, skip_special=skip) == decoded or "\ufffd" in decoded, repr(text)
 
 
-# ---- stored ids, and the variants of tokenizer.json ------------------------------------------------------------
+# ---- stored ids, and the variants of tokenizer.json --------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece_style"])
 def test_stored_ids(name):
@@ -85,7 +85,10 @@ DEEPSEEK = [split(r"\p{N}{1,3}"), split("[一-龥\u3040-ゟ゠-ヿ]+"),
                   r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), byte_level()]
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 DIGITS = {"type": "Digits", "individual_digits": True}
-FEWER = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+FEWER_SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+NO_STRIP = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
 VARIANTS = {        # name: (fixture, normalizers, pre-tokenizers, changes of the model, decoders or None)
     "gpt2": ("byte_level", [], [byte_level(regex=True)], {}, None),
     "gpt2 with a space before": ("byte_level", [], [byte_level(prefix=True, regex=True)], {}, None),
@@ -99,21 +102,21 @@ VARIANTS = {        # name: (fixture, normalizers, pre-tokenizers, changes of th
                           {"ignore_merges": True}, None),
     "metaspace first": ("sentencepiece_style", [], [metaspace("first", False)], {}, None),
     "metaspace always": ("sentencepiece_style", [], [metaspace("always", True)], {}, None),
-    "metaspace never": ("sentencepiece_style", [], [metaspace("never", True)], {}, FEWER),
-    "gemma": ("sentencepiece_style", [SPACES], [split(" ", "MergedWithPrevious")], {}, FEWER),
-    "gemma's split alone": ("sentencepiece_style", [], [split(" ", "MergedWithPrevious")], {}, FEWER),
-    "nfkc": ("sentencepiece_style", [{"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"}, SPACES], [], {}, None),
-    "runs of spaces": ("sentencepiece_style", [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-                                               SPACES], [], {}, FEWER),
+    "metaspace never": ("sentencepiece_style", [], [metaspace("never", True)], {}, NO_STRIP),
+    "gemma": ("sentencepiece_style", [SPACES], [split(" ", "MergedWithPrevious")], {}, NO_STRIP),
+    "gemma's split alone": ("sentencepiece_style", [], [split(" ", "MergedWithPrevious")], {}, NO_STRIP),
+    "nfkc": ("sentencepiece_style", [{"type": "NFKC"}, PREPEND, SPACES], [], {}, None),
+    "runs of spaces": ("sentencepiece_style", [FEWER_SPACES, SPACES], [], {}, NO_STRIP),
     "unknown characters": ("sentencepiece_style", [SPACES], [], {"byte_fallback": False}, None),
-    "unknown ones apart": ("sentencepiece_style", [SPACES], [], {"byte_fallback": False, "fuse_unk": False}, None),
+    "unknown ones apart": ("sentencepiece_style", [SPACES], [], {"byte_fallback": False, "fuse_unk": False},
+                           None),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_step_of_a_tokenizer_json(name, tmp_path):
-    """A normalizer, pre-tokenizer or decoder that differs from `tokenizers`: the dummy space, nested splits, gaps
-    between matches, unknown characters, added tokens that touch letters or eat spaces."""
+    """A normalizer, pre-tokenizer or decoder that differs from `tokenizers`: the dummy space, nested splits,
+    gaps between matches, unknown characters, added tokens that touch letters or eat spaces."""
     tokenizers = pytest.importorskip("tokenizers")
     fixture, normalizers, pre_tokenizers, model, decoders = VARIANTS[name]
     data = json.loads((DATA / fixture / "tokenizer.json").read_text(encoding="utf-8"))
@@ -127,9 +130,9 @@ def test_every_step_of_a_tokenizer_json(name, tmp_path):
                              FLAGS | {"id": first + 2, "content": "<m", "normalized": True}]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(data), encoding="utf-8")
-    ours = load_tokenizer(path)
-    # the decoded form of a normalized token is the normalized one in `tokenizers`: no reason to follow
-    assert_same(ours, tokenizers.Tokenizer.from_file(str(path)), strings(list(ours.added), 600), decoding=False)
+    ours, reference = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    # `tokenizers` decodes a normalized token to its normalized form: no reason to follow
+    assert_same(ours, reference, strings(list(ours.added), 600), decoding=False)
     data["added_tokens"].pop()
     path.write_text(json.dumps(data), encoding="utf-8")
     ours = load_tokenizer(path)
@@ -146,27 +149,27 @@ def test_a_given_tokenizer():
     assert_same(ours, reference, strings(list(ours.added)[:50], 6000))
 
 
-# ---- a small byte-level tokenizer made here --------------------------------------------------------------------
+# ---- a small byte-level tokenizer made here ----------------------------------------------------------------
 
-def byte_level_json(folder: Path, split: str | None = None) -> Path:
-    """A tokenizer.json with all 256 bytes, some merges whose ids do not follow their ranks, and added tokens."""
+def byte_level_json(folder: Path, regex: str | None = None) -> Path:
+    """A tokenizer.json with all 256 bytes, merges whose ids do not follow their ranks, and added tokens."""
     letters = {byte: char for char, byte in module.byte_alphabet().items()}
     vocab = {letters[b]: b for b in range(256)}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (letters[32], "hello"), ("w", "o"), ("wo", "r")]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (letters[32], "hello"), ("w", "o"),
+              ("wo", "r")]
     for n, (a, b) in enumerate(merges):
         vocab[a + b] = 255 + len(merges) - n
-    added = [{"id": 263, "content": "<s>", "special": True}, {"id": 264, "content": "<think>", "special": False},
+    added = [{"id": 263, "content": "<s>", "special": True}, {"id": 264, "content": "<think>"},
              {"id": 265, "content": "<|end|>", "rstrip": True, "special": True},
              {"id": 266, "content": "<mask>", "lstrip": True, "special": True}]
-    steps = [{"type": "Split", "pattern": {"Regex": split or module.QWEN_SPLIT}, "behavior": "Isolated", "invert": False},
-             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]
+    steps = [split(regex or module.QWEN_SPLIT), byte_level()]
     data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [FLAGS | t for t in added],
             "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "decoder": byte_level(),
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": vocab, "merges": [list(m) for m in merges]}}
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": True, "vocab": vocab, "merges": [list(m) for m in merges]}}
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
     return path
@@ -183,44 +186,46 @@ def test_stored_ids_of_the_small_tokenizer(tmp_path):
     assert t.encode("o  <mask>") == [111, 266]
 
 
-@pytest.mark.parametrize("split", [module.QWEN_SPLIT, module.LLAMA3_SPLIT, module.GPT2_SPLIT])
-def test_small_tokenizer_against_tokenizers(tmp_path, split):
+@pytest.mark.parametrize("regex", [module.QWEN_SPLIT, module.LLAMA3_SPLIT, module.GPT2_SPLIT])
+def test_small_tokenizer_against_tokenizers(tmp_path, regex):
     """A split pattern or an added token that differs from the reference on some odd space or script."""
     tokenizers = pytest.importorskip("tokenizers")
-    path = byte_level_json(tmp_path, split)
+    path = byte_level_json(tmp_path, regex)
     reference, ours = tokenizers.Tokenizer.from_file(str(path)), load_tokenizer(path)
     assert_same(ours, reference, strings(list(ours.added), 1500))
 
 
-# ---- real files ------------------------------------------------------------------------------------------------
+# ---- real files --------------------------------------------------------------------------------------------
 
 @needs_shared
-@pytest.mark.parametrize("vectors, files", [("llama-spm", "llama-2/tokenizer.model"), ("llama-spm", "llama-2"),
-                                            ("llama-bpe", "llama-3"), ("qwen2", "qwen2"), ("gpt-2", "gpt2")])
+@pytest.mark.parametrize("vectors, files", [("llama-spm", "llama-2/tokenizer.model"),
+                                            ("llama-spm", "llama-2"), ("llama-bpe", "llama-3"), ("qwen2", "qwen2"), ("gpt-2", "gpt2")])
 def test_llama_cpp_vectors(vectors, files):
     """Any id that differs from what the model was trained with."""
     t = load_tokenizer(SHARED / "tokenizers" / files)
     folder = SHARED / "reference" / "tokenizer_vectors"
-    texts = (folder / f"ggml-vocab-{vectors}.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    texts = (folder / f"ggml-vocab-{vectors}.gguf.inp").read_text(encoding="utf-8")
+    texts = texts.split("\n__ggml_vocab_test__\n")
     lines = (folder / f"ggml-vocab-{vectors}.gguf.out").read_text().split("\n")
     for text, line in zip(texts, lines):
         assert t.encode(text, bos=False) == [int(i) for i in line.split()], repr(text)
 
 
 @needs_shared
-@pytest.mark.parametrize("files", ["llama-2", "mistral-v3", "phi-3"])
+@pytest.mark.parametrize("files", ["llama-2/tokenizer.json", "mistral-v3/tokenizer.json", "phi-3/tokenizer.json",
+                                   "torchtune_assets/tiny_bpe_tokenizer.json"])
 def test_real_json_against_tokenizers(files):
     """The dummy space before and after added tokens, and byte fallback."""
     tokenizers = pytest.importorskip("tokenizers")
-    path = SHARED / "tokenizers" / files / "tokenizer.json"
+    path = SHARED / "tokenizers" / files
     reference, ours = tokenizers.Tokenizer.from_file(str(path)), load_tokenizer(path)
     naughty = json.loads((SHARED / "text" / "torture" / "blns.json").read_text(encoding="utf-8"))
     assert_same(ours, reference, [*naughty, *strings(list(ours.added)[:20], 1500)])
 
 
 @needs_shared
-@pytest.mark.parametrize("files, count", [("llama-2", 341468), ("llama-2/tokenizer.model", 341468), ("llama-3", 289076),
-                                          ("mistral-v1", 334660), ("qwen2", 299078), ("gpt2", 287644)])
+@pytest.mark.parametrize("files, count", [("llama-2", 341468), ("llama-2/tokenizer.model", 341468),
+                                          ("llama-3", 289076), ("mistral-v1", 334660), ("qwen2", 299078), ("gpt2", 287644)])
 def test_token_counts_of_wikitext(files, count):
     """A rare piece of ordinary text cut differently: the counts that perplexity papers are made of."""
     lines = (SHARED / "text" / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8").split("\n")
@@ -233,11 +238,12 @@ def test_token_counts_of_wikitext(files, count):
 
 @needs_shared
 def test_sentencepiece_model_against_transformers():
-    """The dummy space after an added token where only tokenizer.model is there: none, unless the config says legacy.
-    (transformers eats a leading space that sentencepiece keeps, therefore no text begins with one here.)"""
+    """The dummy space after an added token where only tokenizer.model is there: none, unless the config says
+    legacy. (transformers eats a leading space that sentencepiece keeps, therefore no text begins with one here.)"""
     transformers = pytest.importorskip("transformers")
     folder = SHARED / "tokenizers" / "llama-2"
-    reference, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder / "tokenizer.model")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(folder / "tokenizer.model")
     assert "LlamaTokenizer" in type(reference).__name__
     for text in strings(["<s>", "</s>"], 800):
         text = text.replace("<s>", "</s>").lstrip(" ▁")
@@ -287,7 +293,8 @@ def test_turn_ends_of_real_templates(name, end, tmp_path):
     """An answer that runs on into the user's next turn, because the config's end id is not the template's."""
     config = json.loads((SHARED / "configs" / name / "tokenizer_config.json").read_text(encoding="utf-8"))
     data = json.loads((DATA / "byte_level" / "tokenizer.json").read_text(encoding="utf-8"))
-    data["added_tokens"] += [FLAGS | t | {"id": int(i) + 1000} for i, t in config["added_tokens_decoder"].items()]
+    listed = config["added_tokens_decoder"].items()
+    data["added_tokens"] += [FLAGS | t | {"id": int(i) + 1000} for i, t in listed]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     t = load_tokenizer(tmp_path)
@@ -317,20 +324,20 @@ def test_chat_templates_render_as_transformers_does(template, tmp_path, monkeypa
     for messages in ([user], [user, answer, user], [{"role": "system", "content": "Be brief."}, user],
                      [user, thought, user], [user, answer | {"thinking": "Hm."}]):
         outcome = []
-        for render in (lambda: utils.render_jinja_template([messages], chat_template=source, add_generation_prompt=True,
-                                                           bos_token="<s>", eos_token="<|end|>")[0][0],
+        for render in (lambda: utils.render_jinja_template([messages], chat_template=source,
+                                                           add_generation_prompt=True, bos_token="<s>", eos_token="<|end|>")[0][0],
                        lambda: t.render_chat(messages)):
             try:
                 outcome.append(render())
-            except Exception as error:                      # templates may refuse a system message: then both must
+            except Exception as error:              # templates may refuse a system message: then both must
                 outcome.append(str(error).removeprefix("the chat template refuses: "))
         assert outcome[0] == outcome[1]
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------
+# ---- rules -------------------------------------------------------------------------------------------------
 
 def test_pieces_joined_are_the_whole(tmp_path):
-    """Half a character shown, or bytes lost, when ids come one by one; ids beyond the vocabulary add nothing."""
+    """Half a character shown, or bytes lost, when ids come one by one; an id beyond the vocabulary crashes."""
     t = load_tokenizer(byte_level_json(tmp_path))
     rnd = random.Random(1)
     for _ in range(300):
@@ -356,8 +363,8 @@ def test_leading_space_of_a_continuation():
         assert t.decode(whole[:cut]) + new == t.decode(whole)
 
 
-CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def test_chat_ids_have_one_bos(tmp_path):
@@ -400,7 +407,8 @@ def test_wrong_and_missing_files(tmp_path):
 
 
 def fixture_with(**changes) -> str:
-    return json.dumps(json.loads((DATA / "byte_level" / "tokenizer.json").read_text(encoding="utf-8")) | changes)
+    data = json.loads((DATA / "byte_level" / "tokenizer.json").read_text(encoding="utf-8"))
+    return json.dumps(data | changes)
 
 
 WORDS = {"model": {"type": "WordPiece", "vocab": {}}}
@@ -411,11 +419,11 @@ DAMAGED = {         # name: (files, what the sentence has to name)
     "nothing in it": ({"tokenizer.json": "{}"}, "tokenizer.json' is neither"),
     "word piece": ({"tokenizer.json": json.dumps(WORDS)}, "WordPiece"),
     "no vocabulary": ({"tokenizer.json": '{"model": {"merges": []}}'}, "'vocab' is missing"),
-    "bad merges": ({"tokenizer.json": fixture_with(model={"vocab": {}, "merges": [3]})}, "tokenizer.json' is damaged"),
+    "bad merges": ({"tokenizer.json": fixture_with(model={"vocab": {}, "merges": [3]})}, "json' is damaged"),
     "pre-tokenizer": ({"tokenizer.json": fixture_with(pre_tokenizer={"type": "Whitespace"})}, "Whitespace"),
     "normalizer": ({"tokenizer.json": fixture_with(normalizer={"type": "Precompiled"})}, "Precompiled"),
     "pattern": ({"tokenizer.json": fixture_with(pre_tokenizer=split("(["))}, "not understood"),
-    "config": ({"tokenizer.json": fixture_with(), "tokenizer_config.json": "{"}, "tokenizer_config.json' is not valid"),
+    "config": ({"tokenizer.json": fixture_with(), "tokenizer_config.json": "{"}, "_config.json' is not valid"),
     "empty model": ({"tokenizer.model": ""}, "tokenizer.model' is no sentencepiece model"),
     "ranks": ({"tokenizer.model": "IQ== 0\nIg== 1\nIw"}, "tokenizer.model' has a line"),
     "vocabulary": ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "vocab.json' is neither"),
@@ -447,7 +455,8 @@ def test_the_other_file_where_a_json_is_not_supported(tmp_path):
     """Refusing a folder for a tokenizer.json of an unknown kind while its tokenizer.model would do."""
     shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS))
-    assert load_tokenizer(tmp_path).encode("Once") == load_tokenizer(BUNDLED / "tokenizer.model").encode("Once")
+    expected = load_tokenizer(BUNDLED / "tokenizer.model").encode("Once")
+    assert load_tokenizer(tmp_path).encode("Once") == expected
 
 
 @pytest.mark.parametrize("package, folder", [("tiktoken", DATA / "byte_level"),
@@ -459,7 +468,7 @@ def test_missing_package_is_a_sentence(package, folder, monkeypatch):
         load_tokenizer(folder)
 
 
-# ---- files of other kinds --------------------------------------------------------------------------------------
+# ---- files of other kinds ----------------------------------------------------------------------------------
 
 def test_bundled_model_and_json_agree():
     """The two forms of one tokenizer drifting apart: heap BPE and sentencepiece, prefix, decoding."""
@@ -470,15 +479,15 @@ def test_bundled_model_and_json_agree():
 
 
 def test_tiktoken_ranks(tmp_path):
-    """Ranks as a merge order, Llama 3's special ids after them, its begin-of-text, and a name that says nothing."""
+    """Ranks as a merge order, Llama 3's special ids after them, its begin-of-text; a name that says nothing."""
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello"]
     path = tmp_path / "any.model"
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     t = load_tokenizer(path)
     assert t.encode("hello<|eot_id|>hel") == [260, 259, 269, 256, ord("l")]
-    assert [t.token_id(f"<|{name}|>") for name in ("end_of_text", "reserved_special_token_0", "python_tag",
-                                                   "reserved_special_token_3", "reserved_special_token_247")] == [
-        261, 262, 270, 271, 515]
+    names = ["end_of_text", "reserved_special_token_0", "python_tag", "reserved_special_token_3",
+             "reserved_special_token_247"]
+    assert [t.token_id(f"<|{name}|>") for name in names] == [261, 262, 270, 271, 515]
     assert t.vocab_size == 516 and t.eos_ids == {261}
     assert t.decode([260, 259, 269, 33]) == "hello!"
 
@@ -486,8 +495,9 @@ def test_tiktoken_ranks(tmp_path):
 def test_tekken(tmp_path):
     """Ids that forget the special ones before them."""
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"beyond the default size"]
-    data = {"config": {"pattern": r"\p{L}+|[^\p{L}]+", "default_vocab_size": 1257, "default_num_special_tokens": 1000},
-            "vocab": [{"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]}
+    settings = {"pattern": r"\p{L}+|[^\p{L}]+", "default_vocab_size": 1257, "default_num_special_tokens": 1000}
+    data = {"config": settings, "vocab": [
+        {"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]}
     (tmp_path / "tekken.json").write_text(json.dumps(data))
     t = load_tokenizer(tmp_path)
     assert t.encode("he</s>!") == [1, 1256, 2, 1033] and t.decode([1, 1256, 2, 1033]) == "he!"
@@ -502,7 +512,8 @@ def test_vocab_and_merges_equal_the_json(tmp_path):
     folder = tmp_path / "json"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(data | {
-        "added_tokens": [], "normalizer": None, "pre_tokenizer": byte_level(regex=True), "post_processor": None}))
+        "added_tokens": [], "normalizer": None, "post_processor": None,
+        "pre_tokenizer": byte_level(regex=True)}))
     a, b = load_tokenizer(tmp_path), load_tokenizer(folder)
     for text in strings([], 300):
         assert a.encode(text) == b.encode(text), repr(text)
@@ -510,16 +521,16 @@ def test_vocab_and_merges_equal_the_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece_style"])
 def test_plain_reading_of_added_tokens(name):
-    """special=False that still finds control tokens in a user's text; lone surrogates, which argv may hold."""
+    """special=False that still finds control tokens in a user's text; lone surrogates, as argv may hold."""
     t = load_tokenizer(DATA / name)
     ids = t.encode("a<|im_start|>b</s>", bos=False, special=False)
     assert not set(ids) & set(t.added_by_id) and t.decode(ids) == "a<|im_start|>b</s>"
     assert t.decode(t.encode("a\udcffb", bos=False)) == "a\ufffdb"
-    assert t.encode("", bos=True) == [t.bos_id] and t.encode("") == [t.bos_id] and t.encode("", bos=False) == []
+    assert t.encode("", bos=True) == t.encode("") == [t.bos_id] and t.encode("", bos=False) == []
 
 
 def test_many_added_tokens_are_found_fast(tmp_path):
-    """Thousands of added tokens (Gemma 3 has 6,415) tried one by one at every character: minutes for a book."""
+    """Thousands of added tokens (Gemma 3 has 6,415) tried one by one at every character: minutes a book."""
     (tmp_path / "tokenizer.json").write_text(fixture_with(added_tokens=[
         FLAGS | {"id": 1000 + i, "content": f"<unused{i}>"} for i in range(6000)]))
     t = load_tokenizer(tmp_path)
