@@ -300,11 +300,11 @@ class ByteLevelBPE(Core):
         self.ids, self.bytes_of = ids, {i: token for token, i in ids.items()}
         self.size = 1 + max(self.bytes_of, default=-1)
         order = sorted(ids, key=ids.get) if order is None else order
-        single = (bytes([b]) for b in range(256))           # tiktoken needs every one
-        order = list(dict.fromkeys([*single, *order]))
+        single = [bytes([b]) for b in range(256)]           # tiktoken needs every one
+        order = list(dict.fromkeys([*single, *(token for token in order if token in ids)]))
         self.id_of_rank = [ids.get(token) for token in order]
-        self.missing = bytes(b for b in range(256) if bytes([b]) not in ids)    # small vocabularies lack some
-        self.words = need("regex").compile(split) if self.missing else None
+        self.missing = b"".join(b for b in single if b not in ids)              # small vocabularies lack some
+        self.words = compiled(split) if self.missing else None
         try:
             self.encoding = tiktoken.Encoding("model", pat_str=split, special_tokens={}, mergeable_ranks={
                 token: rank for rank, token in enumerate(order)})
@@ -316,8 +316,8 @@ class ByteLevelBPE(Core):
             return [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
         ids = []            # bytes that are no token vanish from a word before its merges, not after them
         for match in self.words.finditer(text):
-            word = match.group().encode().translate(None, self.missing)
-            ids += [self.id_of_rank[rank] for rank in self.encoding._encode_single_piece(word)] if word else []
+            if word := match.group().encode().translate(None, self.missing):
+                ids += [self.id_of_rank[rank] for rank in self.encoding._encode_single_piece(word)]
         return ids
 
     def token_bytes(self, token: int) -> bytes:

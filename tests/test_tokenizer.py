@@ -199,7 +199,8 @@ def test_small_tokenizer_against_tokenizers(tmp_path, regex):
 
 @needs_shared
 @pytest.mark.parametrize("vectors, files", [("llama-spm", "llama-2/tokenizer.model"),
-                                            ("llama-spm", "llama-2"), ("llama-bpe", "llama-3"), ("qwen2", "qwen2"), ("gpt-2", "gpt2")])
+                                            ("llama-spm", "llama-2"), ("llama-bpe", "llama-3"),
+                                            ("qwen2", "qwen2"), ("gpt-2", "gpt2")])
 def test_llama_cpp_vectors(vectors, files):
     """Any id that differs from what the model was trained with."""
     t = load_tokenizer(SHARED / "tokenizers" / files)
@@ -212,8 +213,8 @@ def test_llama_cpp_vectors(vectors, files):
 
 
 @needs_shared
-@pytest.mark.parametrize("files", ["llama-2/tokenizer.json", "mistral-v3/tokenizer.json", "phi-3/tokenizer.json",
-                                   "torchtune_assets/tiny_bpe_tokenizer.json"])
+@pytest.mark.parametrize("files", ["llama-2/tokenizer.json", "mistral-v3/tokenizer.json",
+                                   "phi-3/tokenizer.json", "torchtune_assets/tiny_bpe_tokenizer.json"])
 def test_real_json_against_tokenizers(files):
     """The dummy space before and after added tokens, and byte fallback."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -225,7 +226,8 @@ def test_real_json_against_tokenizers(files):
 
 @needs_shared
 @pytest.mark.parametrize("files, count", [("llama-2", 341468), ("llama-2/tokenizer.model", 341468),
-                                          ("llama-3", 289076), ("mistral-v1", 334660), ("qwen2", 299078), ("gpt2", 287644)])
+                                          ("llama-3", 289076), ("mistral-v1", 334660),
+                                          ("qwen2", 299078), ("gpt2", 287644)])
 def test_token_counts_of_wikitext(files, count):
     """A rare piece of ordinary text cut differently: the counts that perplexity papers are made of."""
     lines = (SHARED / "text" / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8").split("\n")
@@ -239,7 +241,7 @@ def test_token_counts_of_wikitext(files, count):
 @needs_shared
 def test_sentencepiece_model_against_transformers():
     """The dummy space after an added token where only tokenizer.model is there: none, unless the config says
-    legacy. (transformers eats a leading space that sentencepiece keeps, therefore no text begins with one here.)"""
+    legacy. (transformers eats a leading space that sentencepiece keeps: no text begins with one here.)"""
     transformers = pytest.importorskip("transformers")
     folder = SHARED / "tokenizers" / "llama-2"
     reference = transformers.AutoTokenizer.from_pretrained(folder)
@@ -324,8 +326,9 @@ def test_chat_templates_render_as_transformers_does(template, tmp_path, monkeypa
     for messages in ([user], [user, answer, user], [{"role": "system", "content": "Be brief."}, user],
                      [user, thought, user], [user, answer | {"thinking": "Hm."}]):
         outcome = []
+        tokens = {"bos_token": "<s>", "eos_token": "<|end|>"}
         for render in (lambda: utils.render_jinja_template([messages], chat_template=source,
-                                                           add_generation_prompt=True, bos_token="<s>", eos_token="<|end|>")[0][0],
+                                                           add_generation_prompt=True, **tokens)[0][0],
                        lambda: t.render_chat(messages)):
             try:
                 outcome.append(render())
@@ -337,7 +340,7 @@ def test_chat_templates_render_as_transformers_does(template, tmp_path, monkeypa
 # ---- rules -------------------------------------------------------------------------------------------------
 
 def test_pieces_joined_are_the_whole(tmp_path):
-    """Half a character shown, or bytes lost, when ids come one by one; an id beyond the vocabulary crashes."""
+    """Half a character shown, or bytes lost, when ids come one by one; ids beyond the vocabulary."""
     t = load_tokenizer(byte_level_json(tmp_path))
     rnd = random.Random(1)
     for _ in range(300):
@@ -423,7 +426,7 @@ DAMAGED = {         # name: (files, what the sentence has to name)
     "pre-tokenizer": ({"tokenizer.json": fixture_with(pre_tokenizer={"type": "Whitespace"})}, "Whitespace"),
     "normalizer": ({"tokenizer.json": fixture_with(normalizer={"type": "Precompiled"})}, "Precompiled"),
     "pattern": ({"tokenizer.json": fixture_with(pre_tokenizer=split("(["))}, "not understood"),
-    "config": ({"tokenizer.json": fixture_with(), "tokenizer_config.json": "{"}, "_config.json' is not valid"),
+    "config": ({"tokenizer.json": fixture_with(), "tokenizer_config.json": "{"}, "config.json' is not"),
     "empty model": ({"tokenizer.model": ""}, "tokenizer.model' is no sentencepiece model"),
     "ranks": ({"tokenizer.model": "IQ== 0\nIg== 1\nIw"}, "tokenizer.model' has a line"),
     "vocabulary": ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "vocab.json' is neither"),
@@ -479,7 +482,7 @@ def test_bundled_model_and_json_agree():
 
 
 def test_tiktoken_ranks(tmp_path):
-    """Ranks as a merge order, Llama 3's special ids after them, its begin-of-text; a name that says nothing."""
+    """Ranks as a merge order, Llama 3's special ids after them, begin-of-text; a name that says nothing."""
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello"]
     path = tmp_path / "any.model"
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
@@ -495,7 +498,7 @@ def test_tiktoken_ranks(tmp_path):
 def test_tekken(tmp_path):
     """Ids that forget the special ones before them."""
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"beyond the default size"]
-    settings = {"pattern": r"\p{L}+|[^\p{L}]+", "default_vocab_size": 1257, "default_num_special_tokens": 1000}
+    settings = {"pattern": r"\p{L}+|\P{L}+", "default_vocab_size": 1257, "default_num_special_tokens": 1000}
     data = {"config": settings, "vocab": [
         {"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]}
     (tmp_path / "tekken.json").write_text(json.dumps(data))
