@@ -145,7 +145,7 @@ def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
     began = time.perf_counter()
     with torch.no_grad():
         make_room(model, rows, length)
-        zeros = torch.zeros(rows, dtype=torch.long, device=model.tok_embeddings.weight.device)
+        zeros = torch.zeros(rows, dtype=torch.long, device=model.norm.weight.device)
         greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, zeros.device)
         for _ in range(2):              # the second time finds every graph there; on CUDA it records them
             run_prefill(model, steps, [[0] * PAD] * rows)
@@ -209,7 +209,7 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
     report["bytes_per_token"] = bytes_per_token(model)
     report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
     if (o.json or not o.quiet) and "bandwidth_probe_gbs" not in report:
-        report["bandwidth_probe_gbs"] = probe_bandwidth(model.tok_embeddings.weight.device) / 1e9
+        report["bandwidth_probe_gbs"] = probe_bandwidth(model.norm.weight.device) / 1e9
     if report.get("compile_s"):
         say(o, f"compiled in {report['compile_s']:.1f} s")
     say(o, f"prefill {f.prompt_tokens} tokens, {rate(f.prompt_tokens, f.prefill_s):.1f} tok/s; "
@@ -217,7 +217,7 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
            f"decode {f.decode_tokens} tokens, {rate(f.decode_tokens, f.decode_s):.1f} tok/s, "
            f"{report['bytes_per_token'] / 1e6:.1f} MB a token, "
            f"{report['bandwidth_gbs']:.1f} of {report.get('bandwidth_probe_gbs', 0):.1f} GB/s; "
-           f"peak memory {peak_memory(model.tok_embeddings.weight.device) / 1e9:.2f} GB; "
+           f"peak memory {peak_memory(model.norm.weight.device) / 1e9:.2f} GB; "
            f"seed {settings.seed}; "
            f"{', '.join(sorted({row.finish_reason for row in rows}))}")
 
@@ -229,7 +229,7 @@ def summary(model: Transformer, report: dict, rows: list[Row], f: Figures, setti
         "prefill_tok_s": rate(f.prompt_tokens, f.prefill_s),
         "ttft_s": f.ttft_s, "new_tokens": f.new_tokens, "decode_s": f.decode_s,
         "decode_tok_s": rate(f.decode_tokens, f.decode_s),
-        "peak_mem_bytes": peak_memory(model.tok_embeddings.weight.device),
+        "peak_mem_bytes": peak_memory(model.norm.weight.device),
         "text": rows[0].text, "finish_reason": rows[0].finish_reason,
         "rows": [{"text": row.text, "ids": row.ids, "prompt_tokens": len(row.prompt),
                   "new_tokens": len(row.ids), "finish_reason": row.finish_reason} for row in rows]}
@@ -312,7 +312,7 @@ def run(o: argparse.Namespace):
     began = time.perf_counter()
     model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype,
                                   trust_architecture=o.trust_architecture)
-    weight = model.tok_embeddings.weight
+    weight = model.norm.weight
     if o.max_seq_length is not None:
         if o.max_seq_length > model.args.max_position:
             say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} tokens "

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
-from model import Transformer
+from model import KVCache, Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
@@ -206,9 +206,9 @@ def bucket(n: int) -> int:
 def make_room(model: Transformer, rows: int, length: int) -> bool:
     """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new
     compiled graph. Raises ValueError where it would not fit, with the bytes that decide it."""
-    a, device, slots = model.args, model.tok_embeddings.weight.device, bucket(length + PAD)
+    a, device, slots = model.args, model.norm.weight.device, bucket(length + PAD)
     if rows > model.max_batch_size or slots > model.cache_slots:
-        per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.tok_embeddings.weight.itemsize
+        per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.norm.weight.itemsize
         need, free = per_slot * max(rows, model.max_batch_size) * slots, free_memory(device)
         if free is not None and need > free:
             raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.2f} GB beside the "
@@ -228,7 +228,7 @@ def symbolic(tensor: Tensor, dim: int) -> Tensor:
 def attended(model: Transformer, n: int) -> Tensor:
     """The positions of the slots that a step looks at when n are filled."""
     slots = min(bucket(n), model.cache_slots)
-    return symbolic(torch.arange(slots, device=model.tok_embeddings.weight.device), 0)
+    return symbolic(torch.arange(slots, device=model.norm.weight.device), 0)
 
 
 # ---- loops -------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], star
     Positions before `start` are already there. Shorter rows are padded to the right, where later tokens
     overwrite.
     """
-    device = model.tok_embeddings.weight.device
+    device = model.norm.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(map(len, prompts))
     result = None
@@ -342,7 +342,7 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     """
     figures = Figures() if figures is None else figures
     prompts = [row.prompt for row in rows]
-    device = model.tok_embeddings.weight.device
+    device = model.norm.weight.device
     limit, longest = max(row.limit for row in rows), max(map(len, prompts))
     if limit == 0:
         for row in rows:
@@ -481,9 +481,9 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> tor
 def bytes_per_token(model: Transformer) -> int:
     """Weight bytes that one decode step reads: everything but an embedding table that is not also the
     head."""
-    tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if ".cache." not in n)]
-    table = model.tok_embeddings.weight
-    return sum(t.nbytes for t in tensors) - (table.nbytes if model.output is not None else 0)
+    unread = None if model.output is None else model.tok_embeddings
+    modules = [m for m in model.modules() if m is not unread and not isinstance(m, KVCache)]
+    return sum(t.nbytes for m in modules for t in [*m.parameters(False), *m.buffers(False)])
 
 
 def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:

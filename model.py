@@ -106,7 +106,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = TokenTable(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args)
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=args.output_bias)
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         self.max_batch_size = max(max_batch_size, self.max_batch_size)
         self.cache_slots = max(slots, max_seq_length, self.cache_slots)
         for layer in self.layers:
-            layer.attention.cache.allocate(self.max_batch_size, self.cache_slots, self.tok_embeddings.weight)
+            layer.attention.cache.allocate(self.max_batch_size, self.cache_slots, self.norm.weight)
         return True
 
     def drop_caches(self):
@@ -175,8 +175,15 @@ class Transformer(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[B, n, D] -> logits [B, n, V], float32."""
-        logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        logits = self.tok_embeddings.head(x) if self.output is None else self.output(x)
         return softcap(logits.float() * self.args.output_scale, self.args.output_softcap)
+
+
+class TokenTable(nn.Embedding):
+    """Ids to vectors; where the head is tied to it, vectors to logits as well."""
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class TransformerBlock(nn.Module):

@@ -65,7 +65,7 @@ def seconds(work) -> float:
 def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capacity: int):
     """n greedy steps of `rows` rows that have `filled` tokens behind them, ids read by the host as in real
     use."""
-    device = model.tok_embeddings.weight.device
+    device = model.norm.weight.device
     tokens, positions = (torch.full((rows,), value, device=device) for value in (1, filled))
     greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, device)
     make_room(model, rows, capacity)
