@@ -12,8 +12,12 @@ here.
 """
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Callable
+
+import torch
+from torch import Tensor
 
 from model import ModelArgs, RopeArgs, Transformer
 
@@ -131,14 +135,18 @@ def all_places(tensors: dict, model_type: str | None) -> dict[tuple[str, str], t
     return {where: shape for where, shape in places.items() if where}
 
 
+QUANTIZED = ("gptq", "awq", "compressed-tensors")      # read by foreign.py; of others the tensors' meaning is unknown
+
+
 def refuse_quantized(config: dict):
     for c in (config, config.get("text_config") or {}):
         found = c.get("quantization_config") or c.get("quantization")
         if found:
             method = (found.get("quant_method") if isinstance(found, dict) else found) \
                 or ("MLX" if "quantization" in c else "unnamed")
-            raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the repository "
-                                  "with the bfloat16 weights")
+            if method not in QUANTIZED:
+                raise CheckpointError(f"quantized checkpoints of method '{method}' cannot be loaded: use the "
+                                      "repository with the bfloat16 weights, or a GPTQ or AWQ one")
 
 
 def text_part(config: dict, tensors: dict) -> tuple[dict, dict]:
@@ -338,6 +346,19 @@ PREFIX = re.compile(r"^(_orig_mod\.|module\.|model\.|language_model\.)*")
 LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin|cis)$|\.attn\.masked_bias$")
 
 
+LEAVES = ("weight", "bias", "scales", "zeros", "perm")         # the last three: of quantized layers
+
+
+@dataclass
+class Stored:
+    """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for
+    several GPUs); what a read returns is mapped from the file where the format allows."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Callable[[], Tensor]]
+    dim: int = 0
+
+
 @dataclass
 class Part:
     """Rows start ... stop of a parameter come from tensor `source`, from its row `first` on. head_dim: its
@@ -356,7 +377,7 @@ def place(name: str, names) -> tuple[str, str] | None:
         return None
     inner = PREFIX.sub("", name)
     module, _, leaf = inner.rpartition(".")
-    if leaf not in ("weight", "bias"):
+    if leaf not in LEAVES:
         raise KeyError(name)
     if not module.startswith("layers."):
         return f"{(OUTER | NATIVE_OUTER)[module]}.{leaf}", ""
@@ -380,9 +401,11 @@ def no_place(name: str, model_type: str | None) -> CheckpointError:
     return CheckpointError(f"unsupported model: tensor '{name}'{kind} has no place in this Transformer")
 
 
-def plan(model: Transformer, names, model_type: str | None = None, own: bool = False) -> dict[str, list[Part]]:
+def plan(model: Transformer, names, model_type: str | None = None, own: bool = False,
+         split: set[str] = frozenset()) -> dict[str, list[Part]]:
     """For every tensor of `model` (on any device) the parts it is made of, from the names alone. Strict: a
-    name without a place, or a parameter without all its rows, raises CheckpointError."""
+    name without a place, or a parameter without all its rows, raises CheckpointError. split: modules whose
+    parts (q, k, v; gate, up) stay apart, as children of these names."""
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     steps = {name: [] for name in shapes}
     rows = part_rows(model.args)
@@ -392,14 +415,20 @@ def plan(model: Transformer, names, model_type: str | None = None, own: bool = F
         if where is None:
             continue
         parameter, part = where
+        module, _, leaf = parameter.rpartition(".")
+        if module in split:
+            parameter, part = f"{module}.{part}.{leaf}", ""
         parameter = tied_to if parameter == "output.weight" else parameter
         if parameter not in shapes:
             raise no_place(name, model_type)
+        if leaf == "perm":                                      # of inputs: the parts of a fused layer share one
+            steps[parameter] = [Part(name, 0, shapes[parameter][0])]
+            continue
         interleaved = not own and ".attention.w" in name and parameter.split(".")[-2] == "wqkv"
         span = rows.get(part) or (0, shapes[parameter][0])
         steps[parameter] += parts_of(name, span, part, interleaved, model.args)
     for parameter, parts in steps.items():
-        check_cover(parameter, parts, shapes[parameter][0], rows, names)
+        check_cover(parameter, parts, shapes[parameter][0], rows, names, own)
     return steps
 
 
@@ -417,7 +446,7 @@ def parts_of(name: str, span: tuple[int, int], part: str, interleaved: bool, arg
     return [Part(name, *rows[p], first=rows[p][0], head_dim=args.head_dim if p in "qk" else 0) for p in "qkv"]
 
 
-def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names):
+def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names, own: bool):
     """Every row once."""
     at = 0
     for part in sorted(parts, key=lambda p: p.start):
@@ -429,7 +458,8 @@ def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names)
     if at != size:
         lacking = next((p for p, span in rows.items() if parts and span[0] == at
                         and (p in "qkv") == ("wqkv" in parameter)), "")
-        raise CheckpointError(f"the checkpoint lacks tensor '{foreign_name(parameter, lacking, names)}'")
+        name = parameter if own else foreign_name(parameter, lacking, names)
+        raise CheckpointError(f"the checkpoint lacks tensor '{name}'")
 
 
 def foreign_name(parameter: str, part: str, names) -> str:

@@ -24,8 +24,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from architecture import CheckpointError, Part, args_from, plan
+from architecture import CheckpointError, Part, Stored, args_from, plan
+from foreign import by_place, read_quantized, split_layers
 from model import ModelArgs, Transformer
+from quantize import QuantizedLinear, SplitLinear, empty_layer
 
 FORMAT_VERSION = 1                      # of our own files; a reader refuses a newer one
 FORMAT_KEY = "self_describing_checkpoint"
@@ -33,16 +35,6 @@ FORMAT_KEY = "self_describing_checkpoint"
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@dataclass
-class Stored:
-    """A tensor on disk, unread. `pieces` are its reads, joined along `dim` (Meta's files are cut for
-    several GPUs); what a read returns is mapped from the file where the format allows."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: list[Callable[[], Tensor]]
-    dim: int = 0
 
 
 @dataclass
@@ -55,7 +47,8 @@ class Source:
     generation_config: dict = field(default_factory=dict)
     own: bool = False
     args: dict = field(default_factory=dict)
-    quantization: dict | None = None    # per layer, our own files only
+    quantization: dict = field(default_factory=dict)    # our own files: layer -> what it takes to make it
+    quantized_from: str = ""            # the dtype before that
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -73,18 +66,30 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dty
     dtype = dtype or common_dtype(source)
     device = torch.device(device)
     check_memory(weight_bytes(model, dtype), device)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.dtype = dtype
     done, total = 0, weight_bytes(model, dtype)
-    for name, empty in model.state_dict().items():
-        weight = torch.empty(empty.shape, dtype=final_dtype(empty, dtype), device=device)
-        for part in steps[name]:
-            copy_part(weight, source.tensors[part.source], part)
-        module, _, leaf = name.rpartition(".")
-        put(model.get_submodule(module), leaf, weight)
+    for name in model.state_dict():
+        weight = read_weight(source, model, steps, name, dtype, device)
         done += weight.nbytes
         if progress:
             progress(done, total)
     model.ropes.to(device)
     return model.eval()
+
+
+def read_weight(source: Source, model: Transformer, steps: dict[str, list[Part]], name: str, dtype: torch.dtype,
+                device: torch.device | str = "cpu") -> Tensor:
+    """Put the stored values of one parameter (or one buffer of a quantized layer) in its place in `model`."""
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    empty = getattr(owner, leaf)
+    weight = torch.empty(empty.shape, dtype=final_dtype(leaf, empty, dtype), device=device)
+    for part in steps[name]:
+        copy_part(weight, source.tensors[part.source], part)
+    put(owner, leaf, weight)
+    return weight
 
 
 def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transformer, dict[str, list[Part]]]:
@@ -97,11 +102,43 @@ def prepare(source: Source, trust_architecture: bool = False) -> tuple[Transform
         raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"the config of '{source.path}' does not describe a model: {first_line(error)}") from None
-    if source.quantization:             # the place where quantized layers take the place of nn.Linear
-        raise CheckpointError(f"'{source.path}' is quantized, which this version cannot load")
-    steps = plan(model, source.tensors, source.config.get("model_type"), own=source.own)
+    model.n_parameters = sum(p.numel() for p in model.parameters())
+    split = set_layers(model, source)
+    steps = plan(model, source.tensors, source.config.get("model_type"), own=source.own, split=split)
     check_shapes(model, source, steps)
     return model, steps
+
+
+def set_layers(model: Transformer, source: Source) -> set[str]:
+    """Put quantized layers in the places that the source says; returns the fused ones that had to stay apart."""
+    layers = source.quantization
+    if not source.own:
+        source.tensors, found = split_layers(source.tensors)
+        layers = by_place(found, source.tensors, model.args)
+    split = set()
+    for name, spec in layers.items():
+        try:
+            old = model.get_submodule(name)
+            new = quantized_layer(old, spec)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"'{source.path}' describes the quantized layer '{name}' in a way this version "
+                                  f"cannot read: {first_line(error)}") from None
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+        split |= {name} if isinstance(new, SplitLinear) else set()
+    return split
+
+
+def quantized_layer(old: nn.Module, spec: dict) -> nn.Module:
+    """An unfilled layer on the meta device in place of nn.Linear, a tied table, or part by part."""
+    with torch.device("meta"):
+        if "parts" in spec:
+            return SplitLinear({part: quantized_layer(nn.Linear(old.in_features, rows, bias=bias), of)
+                                for part, (rows, bias, of) in spec["parts"].items()})
+        if not spec:
+            return old
+        N, K = old.weight.shape
+        return empty_layer(K, N, **{"bias": getattr(old, "bias", None) is not None} | spec)
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -120,7 +157,8 @@ def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
     if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
         raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{text.get('model_type')}') cannot "
                               "be loaded yet")
-    args, source.tensors = args_from(source.config, source.tensors, trust_architecture)
+    logical = read_quantized(source.config, source.tensors)
+    args, source.tensors = args_from(source.config, logical, trust_architecture)
     return args
 
 
@@ -134,7 +172,8 @@ def check_shapes(model: Transformer, source: Source, steps: dict[str, list[Part]
             stored, wanted = source.tensors[name], (rows, *empty.shape[1:])
             if stored.shape != wanted:
                 raise CheckpointError(f"tensor '{name}' has shape {list(stored.shape)} where {list(wanted)} is needed")
-            if empty.is_floating_point() and (not stored.dtype.is_floating_point or stored.dtype.itemsize < 2):
+            plain = stored.dtype.is_floating_point and stored.dtype.itemsize >= 2
+            if not (plain if empty.is_floating_point() else stored.dtype == empty.dtype):
                 raise CheckpointError(f"tensor '{name}' is stored as {stored.dtype}: quantized weights of an unknown "
                                       "kind")
 
@@ -167,14 +206,16 @@ def copy_part(weight: Tensor, stored: Stored, part: Part):
         at += size
 
 
-def final_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.is_floating_point() else tensor.dtype
+def final_dtype(leaf: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Weights and biases take the wanted dtype; scales keep the one they were made for."""
+    return dtype if leaf in ("weight", "bias") and tensor.is_floating_point() else tensor.dtype
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Bytes of a model's parameters and stored buffers, as they are or as they would be in `dtype`."""
-    dtypes = ((t, final_dtype(t, dtype) if dtype else t.dtype) for t in model.state_dict().values())
-    return sum(t.numel() * kind.itemsize for t, kind in dtypes)
+    def itemsize(name, t):
+        return (final_dtype(name.rpartition(".")[2], t, dtype) if dtype else t.dtype).itemsize
+    return sum(t.numel() * itemsize(name, t) for name, t in model.state_dict().items())
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -196,7 +237,9 @@ def check_memory(needed: int, device: torch.device):
 
 
 def common_dtype(source: Source) -> torch.dtype:
-    """The floating dtype in which most of the bytes are stored."""
+    """The floating dtype in which most of the bytes are stored; of a quantized file what it says."""
+    if source.own and hasattr(torch, source.quantized_from):
+        return getattr(torch, source.quantized_from)
     count = Counter()
     for stored in source.tensors.values():
         if stored.dtype.is_floating_point:
@@ -290,6 +333,9 @@ def hf_shards(folder: Path, names: set[str]) -> list[str]:
 def hf_source(path: Path, config: dict, tensors: dict[str, Stored]) -> Source:
     folder = path if path.is_dir() else path.parent
     generation = folder / "generation_config.json"
+    beside = folder / "quantize_config.json"            # GPTQ's, before it moved into config.json
+    if "quantization_config" not in config and beside.is_file():
+        config = config | {"quantization_config": {"quant_method": "gptq"} | read_json(beside)}
     return Source(path, config, tensors, read_json(generation) if generation.is_file() else {})
 
 
@@ -569,10 +615,11 @@ def save_checkpoint(model: Transformer, path: str | Path, metadata: dict | None 
         partial.unlink(missing_ok=True)
 
 
-def write_safetensors(state: dict[str, Tensor], about: dict, path: Path):
+def write_safetensors(state: dict[str, Tensor], about: dict | None, path: Path):
     """Header, then tensor by tensor: the library's own writer takes a second copy of everything."""
+    metadata = {"format": "pt"} | ({FORMAT_KEY: json.dumps(about)} if about else {})
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, at = {"__metadata__": {"format": "pt", FORMAT_KEY: json.dumps(about)}}, 0
+    header, at = {"__metadata__": metadata}, 0
     for name, t in sorted(state.items(), key=lambda item: -item[1].dtype.itemsize):     # wide first: all are aligned
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes
@@ -593,7 +640,8 @@ def own_source(path: Path, about: dict, tensors: dict[str, Stored]) -> Source:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"'{path}' is of format version {version}; this program reads version {FORMAT_VERSION}")
     return Source(path, about.get("source_config") or {}, tensors, about.get("generation_config") or {}, own=True,
-                  args=about.get("config") or {}, quantization=about.get("quantization"))
+                  args=about.get("config") or {}, quantization=(about.get("quantization") or {}).get("layers", {}),
+                  quantized_from=(about.get("quantization") or {}).get("dtype", ""))
 
 
 def own_args(source: Source) -> ModelArgs:

@@ -20,6 +20,7 @@ from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Step
                       compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory,
                       probe_bandwidth, rows_for, run_prefill)
 from model import Transformer
+from quantize import describe
 from tokenizer import Tokenizer
 
 
@@ -318,12 +319,12 @@ def run(o: argparse.Namespace):
             say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} tokens "
                    "the model was trained for")
         model.limit = o.max_seq_length
-    report = {"model": o.checkpoint_path, "params": sum(p.numel() for p in model.parameters()),
-              "dtype": str(weight.dtype).removeprefix("torch."), "quant": None, "device": str(weight.device),
+    report = {"model": o.checkpoint_path, "params": model.n_parameters,
+              "dtype": str(weight.dtype).removeprefix("torch."), "quant": describe(model), "device": str(weight.device),
               "torch": torch.__version__, "python": sys.version.split()[0],
               "load_s": time.perf_counter() - began}
-    say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, {report['dtype']} "
-           f"on {weight.device}, "
+    say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, "
+           f"{report['quant'] + ' and ' if report['quant'] else ''}{report['dtype']} on {weight.device}, "
            f"loaded in {report['load_s']:.2f} s")
     if o.chat and tokenizer.chat_template is None:
         say(o, "note: this model has no chat template; messages go in as plain text")

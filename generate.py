@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
 from model import KVCache, Transformer
+from quantize import pack_model
 from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
@@ -421,6 +422,7 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
     dtype = pick_dtype(dtype, device, path)
     tokenizer = load_tokenizer(path)
     model = load_checkpoint(path, device=device, dtype=dtype, **options)
+    pack_model(model)
     model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)
     model.limit = model.args.max_position
     return model, tokenizer
@@ -483,7 +485,8 @@ def bytes_per_token(model: Transformer) -> int:
     head."""
     unread = None if model.output is None else model.tok_embeddings
     modules = [m for m in model.modules() if m is not unread and not isinstance(m, KVCache)]
-    return sum(t.nbytes for m in modules for t in [*m.parameters(False), *m.buffers(False)])
+    return sum(t.nbytes for m in modules for n, t in [*m.named_parameters("", False), *m.named_buffers("", False)]
+               if not (n == "weight" and getattr(m, "packed", None) is not None))     # many rows' twin of `packed`
 
 
 def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:

@@ -15,8 +15,4 @@ if [ ! -d "$folder" ]; then
     "$python" "$root/scripts/download.py" "$1" --dir "$folder"
 fi
 "$python" "$root/scripts/convert_hf_checkpoint.py" --checkpoint_dir "$folder"
-if [ -f "$root/quantize.py" ]; then
-    "$python" "$root/quantize.py" --checkpoint_path "$folder/model_fast.safetensors" --mode int8
-else
-    echo "there is no quantize.py: the weights stay as they are" >&2
-fi
+"$python" "$root/quantize.py" --checkpoint_path "$folder/model_fast.safetensors" --mode int8

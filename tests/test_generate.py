@@ -39,7 +39,7 @@ class Scripted(Transformer):
     def __init__(self, script, vocab_size: int = 300):
         super().__init__(ModelArgs(vocab_size=vocab_size, dim=8, n_layers=1, n_heads=1, max_position=4096))
         self.script, self.forwards, self.head_rows, self.nap = script, 0, 0, (0.0, 0.0)
-        self.end_ids, self.generation_config, self.limit = set(), {}, 4096
+        self.end_ids, self.generation_config, self.limit, self.n_parameters = set(), {}, 4096, 0
 
     def forward(self, tokens, input_pos=None, *, slots=0, logits_at=None):
         self.forwards += 1

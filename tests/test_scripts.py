@@ -194,17 +194,18 @@ def test_path_that_exists_is_no_hub_id(tmp_path, monkeypatch):
 
 # ---- prepare ---------------------------------------------------------------------------------------------------
 
-def test_prepare_downloads_and_converts(hub, tmp_path):
-    """Run in a copy of the repository's few files, as the target folder lies beside them."""
+def test_prepare_downloads_converts_and_quantizes(hub, tmp_path):
+    """Run in a copy of the repository's code, as the target folder lies beside it."""
     root = tmp_path / "copy"
-    (root / "scripts").mkdir(parents=True)
-    for name in ("model.py", "architecture.py", "checkpoint.py", "scripts/download.py",
-                 "scripts/convert_hf_checkpoint.py", "scripts/prepare.sh"):
-        (root / name).write_bytes((ROOT / name).read_bytes())
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*"), *ROOT.glob("scripts/*.*")]:
+        copy = root / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes()) if file.is_file() else None
     done = run("bash", root / "scripts" / "prepare.sh", "some/model", cwd=tmp_path, **hub)
     assert done.returncode == 0, done.stderr
-    load_checkpoint(root / "checkpoints" / "some" / "model" / "model_fast.safetensors")
-    assert "there is no quantize.py" in done.stderr
+    folder = root / "checkpoints" / "some" / "model"
+    load_checkpoint(folder / "model_fast.safetensors")
+    load_checkpoint(folder / "model_int8.safetensors")
 
 
 def test_prepare_stops_at_the_first_failure(hub, tmp_path):

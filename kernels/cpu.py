@@ -1,0 +1,181 @@
+"""The CPU kernel of linear.cpp: built once, called as an operator, and the layout it reads.
+
+What it is: `available` builds and loads the operator, `pack` lays weights out for it, `linear` calls it, and
+`rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_model` puts a bfloat16 model on
+it. What it is not: a quantizer; int8 and int4 values come from quantize.py, which is what to read next. Without
+a C++ compiler nothing breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that.
+"""
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("linear.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
+PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
+
+
+# ---- building ----------------------------------------------------------------------------------------------
+
+@cache
+def available() -> bool:
+    """Whether the operator can be called; the first call builds it (10 to 20 s) or finds it built."""
+    if os.environ.get("CPU_KERNELS") == "0":
+        return False
+    try:
+        torch.ops.load_library(build())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = (str(getattr(error, "stderr", "") or error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the CPU kernel could not be built ({reason}); PyTorch's own operators serve, more slowly",
+              file=sys.stderr, flush=True)
+        return False
+    torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
+    return True
+
+
+def build(*defines: str) -> Path:
+    """Compile linear.cpp for this machine, unless the cache has it; raises OSError or SubprocessError."""
+    root = Path(torch.__path__[0])
+    include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    told = [SOURCE.read_text(), torch.__version__, *FLAGS, *defines, instruction_set()]
+    name = f"linear-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
+    library = cache_folder() / name
+    if not library.exists():
+        if not defines:
+            print("building the CPU kernel, once for this machine ...", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / name
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *defines, *include, str(SOURCE), "-o", str(made), *link]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+            os.replace(made, library)   # several processes may build at once; each result is whole
+    return library
+
+
+def cache_folder() -> Path:
+    """$TORCH_EXTENSIONS_DIR, else ~/.cache/fast-generate, else a folder of this user's in the temporary one."""
+    wanted = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "fast-generate"
+    for folder in (Path(wanted), Path(tempfile.gettempdir()) / f"fast-generate-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise OSError("no folder to build it in can be written")
+
+
+def instruction_set() -> str:
+    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
+
+
+def shape_of_linear(x, w, scales, offsets, N, bits, group):
+    return x.new_empty(*x.shape[:-1], N)
+
+
+# ---- the layout --------------------------------------------------------------------------------------------
+
+def padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Weights [N, K] as the kernel reads them: bfloat16, int8, or for 4 bits uint8 0 ... 15. N is padded to a
+    multiple of 32 and K to one of 8; what is there multiplies zeros."""
+    N, K = values.shape
+    full = F.pad(values, (0, padded(K, UNIT) - K, 0, padded(N, PANEL) - N))
+    t = full.view(-1, 2, PANEL // 2, full.shape[1] // UNIT, UNIT // 2, 2)    # panel, half, output, unit, pair, 2
+    if bits == 16:
+        return t.permute(0, 3, 1, 4, 2, 5).reshape(-1)
+    if bits == 8:
+        return t.permute(0, 3, 1, 4, 5, 2).reshape(-1).view(torch.uint8)
+    t = t.permute(0, 3, 1, 2, 5, 4).to(torch.int16)                                  # the nibbles of a lane last
+    lanes = t[..., 0] | t[..., 1] << 4 | t[..., 2] << 8 | t[..., 3] << 12
+    return lanes.reshape(-1).view(torch.uint8)
+
+
+def pack_groups(numbers: Tensor) -> Tensor:
+    """Scales or offsets [N, G] -> panels of [G, 32]."""
+    N, G = numbers.shape
+    return F.pad(numbers, (0, 0, 0, padded(N, PANEL) - N)).view(-1, PANEL, G).transpose(1, 2).reshape(-1)
+
+
+def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
+    """Rows `index` [...] of a packed weight, [..., K padded], as `pack` got them."""
+    panel, half, output = index // PANEL, index % PANEL // 16, index % 16
+    panels = padded(N, PANEL) // PANEL
+    if bits == 4:
+        lanes = packed.view(torch.int16).view(panels, -1, 2, 16, 2)[panel, :, half, output]     # [..., units, 2]
+        nibbles = torch.stack([lanes >> shift & 15 for shift in (0, 4, 8, 12)], -2)  # [..., units, 4, 2]
+        return nibbles.flatten(-3).to(torch.int8)
+    if bits == 8:
+        found = packed.view(torch.int8).view(panels, -1, 2, 4, 2, 16)[panel, :, half, :, :, output]
+    else:
+        found = packed.view(panels, -1, 2, 4, 16, 2)[panel, :, half, :, output]
+    return found.flatten(-3)                                                         # [..., units * 4 * 2]
+
+
+def group_rows(packed: Tensor, index: Tensor, N: int) -> Tensor:
+    """Rows `index` [...] of packed scales or offsets, [..., G]."""
+    return packed.view(padded(N, PANEL) // PANEL, -1, PANEL)[index // PANEL, :, index % PANEL]
+
+
+def linear(x: Tensor, packed: Tensor, scales: Tensor | None, offsets: Tensor | None, N: int, bits: int,
+           group: int) -> Tensor:
+    """x [..., K] @ ((values + offsets) * scales).T -> [..., N], in x's dtype, summed in float32."""
+    return torch.ops.cpu_kernels.linear(x, packed, scales, offsets, N, bits, group)
+
+
+# ---- bfloat16 models ---------------------------------------------------------------------------------------
+
+class PackedLinear(nn.Module):
+    """nn.Linear with its bfloat16 weight laid out for the kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("packed", pack(weight, 16), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.packed, None, None, self.out_features, 16, 0)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedTable(PackedLinear):
+    """A tied embedding table: lookups and the head read one packed weight."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return rows(self.packed, tokens, self.out_features, 16)[..., :self.in_features]
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def pack_model(model: nn.Module) -> nn.Module:
+    """Replace a CPU model's bfloat16 products by packed ones, layer by layer, so that memory grows by one
+    layer at most. For running, not for saving."""
+    for name, module in list(model.named_modules()):
+        tied = module is model.tok_embeddings and model.output is None
+        weight = module.weight if tied or type(module) is nn.Linear else None
+        if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not available():
+            continue
+        packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed)
+        module.weight = None
+    return model

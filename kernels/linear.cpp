@@ -1,0 +1,377 @@
+// y = x @ w.T for weights in bfloat16, int8 or int4, on a CPU.
+//
+// What it is: one matrix product whose weights are read once, in the order they lie in memory, and turned into
+// numbers on the way; 1 to 32 rows at a time run at the speed of memory, more at the speed of arithmetic. What it
+// is not: a layer, a quantizer or a file format; those are in quantize.py, and `pack` in cpu.py lays out the weights.
+//
+// The layout. 32 outputs make a panel, K inputs long. Inputs come in units of 8, four pairs (2j, 2j+1) each. A pair
+// of 16 outputs is one 64-byte vector of bfloat16 pairs, the operand of AVX-512's dot product of pairs, so that no
+// sum ever runs across a vector:
+//     bfloat16   [panel][unit][half][pair][16 outputs][2]       512 bytes a unit
+//     int8       [panel][unit][half][pair][2][16 outputs]       256 bytes a unit
+//     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
+// Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
+// nibble less 8. x comes as blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
+//
+// Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
+// the compiler's portable vectors.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define BFLOAT16_DOT 1
+#endif
+
+namespace {
+
+constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
+constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
+constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
+
+typedef float floats __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+inline floats to_float(bytes v) {                // the compiler's own conversion from bytes goes one by one
+#ifdef BFLOAT16_DOT
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+#endif
+}
+template <class T> inline T read(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
+template <class T> inline void write(void* p, T v) { std::memcpy(p, &v, sizeof v); }
+
+// ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
+
+struct Pair { floats even, odd; };
+
+struct Bfloat16 {
+  static constexpr int HALF = 256;              // bytes of a unit of 16 outputs
+  static inline Pair pair(const uint8_t* p, int j) {
+    words w = read<words>(p + 64 * j);
+    return {(floats)(w << 16), (floats)(w & 0xffff0000u)};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) { return (__m512bh)_mm512_loadu_si512(p + 64 * j); }
+#endif
+};
+
+struct Int8 {
+  static constexpr int HALF = 128;
+  static inline Pair pair(const uint8_t* p, int j) {
+    return {to_float(read<bytes>(p + 32 * j)), to_float(read<bytes>(p + 32 * j + 16))};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {      // an int8 is exact in bfloat16: the float's upper half
+    Pair f = pair(p, j);
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)f.even, 16), (__m512i)f.odd);
+  }
+#endif
+};
+
+struct Int4 {
+  static constexpr int HALF = 64;
+  static inline Pair pair(const uint8_t* p, int j) {
+    words w = read<words>(p);
+    return {__builtin_convertvector((ints)((w >> (4 * j)) & 15u) - 8, floats),
+            __builtin_convertvector((ints)((w >> (16 + 4 * j)) & 15u) - 8, floats)};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {      // a table of -8 ... 7, twice: the index has 5 bits
+    alignas(64) static constexpr uint16_t TABLE[32] = {
+        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
+        0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040,
+        0x4080, 0x40A0, 0x40C0, 0x40E0};
+    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
+    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+  }
+#endif
+};
+
+// ---- the inner loop -----------------------------------------------------------------------------------------------
+
+// Sums of one group of one panel, for R rows: from [R][32] or offset * (sum of x), on top of nothing.
+// C: independent chains, so that few rows do not wait for the multiplier's latency.
+template <class W, class X, int R, int C>
+inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
+  for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
+    if (R <= 4) {
+#pragma GCC unroll 8
+      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 4096 + line);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+#ifdef BFLOAT16_DOT
+      if constexpr (std::is_same_v<X, at::BFloat16>) {
+        const __m512bh low = W::packed(w, j), high = W::packed(w + W::HALF, j);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + (j * R + r) * 2));
+          sum[j % C][r][0] = (floats)_mm512_dpbf16_ps((__m512)sum[j % C][r][0], low, both);
+          sum[j % C][r][1] = (floats)_mm512_dpbf16_ps((__m512)sum[j % C][r][1], high, both);
+        }
+        continue;
+      }
+#endif
+      for (int half = 0; half < 2; half++) {
+        const Pair f = W::pair(w + half * W::HALF, j);
+        for (int r = 0; r < R; r++) {
+          const X* pair = x + (j * R + r) * 2;
+          sum[j % C][r][half] += f.even * float(pair[0]) + f.odd * float(pair[1]);
+        }
+      }
+    }
+  }
+}
+
+// What a panel is multiplied with: float scales and offsets [groups][32] (null: 1 and 0) and x's sums [groups][rows].
+struct Groups {
+  int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
+  const float *scale, *offset, *x_sum;
+};
+
+// y [R][32] (+)= x [K / 2][R][2] times a panel.
+template <class W, class X, int R>
+void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add) {
+  constexpr int C = R == 1 ? 4 : R <= 3 ? 2 : 1;
+  floats total[R][2] = {};
+  if (add)
+    for (int r = 0; r < R; r++)
+      for (int half = 0; half < 2; half++) total[r][half] = read<floats>(y + r * PANEL + half * 16);
+  for (int64_t i = 0; i < g.count; i++, w += g.units * 2 * W::HALF, x += g.units * UNIT * R) {
+    const int64_t units = std::min(g.units, g.all - i * g.units);
+    floats sum[C][R][2] = {};
+    if (g.offset)
+      for (int half = 0; half < 2; half++) {
+        const floats offset = read<floats>(g.offset + i * PANEL + half * 16);
+        for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
+      }
+    dot_units<W, X, R, C>(sum, w, x, units);
+    for (int half = 0; half < 2; half++) {
+      floats scale = {};
+      if (g.scale) scale = read<floats>(g.scale + i * PANEL + half * 16);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        floats s = sum[0][r][half];
+        for (int c = 1; c < C; c++) s += sum[c][r][half];
+        total[r][half] += g.scale ? s * scale : s;
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int half = 0; half < 2; half++) write(y + r * PANEL + half * 16, total[r][half]);
+}
+
+template <class W, class X, int... R>
+void multiply_rows(int rows, std::integer_sequence<int, R...>, const uint8_t* w, const X* x, const Groups& g, float* y,
+                   bool add) {
+  ((rows == R + 1 ? multiply<W, X, R + 1>(w, x, g, y, add) : void()), ...);
+}
+
+// ---- panels -------------------------------------------------------------------------------------------------------
+
+// `n` scales or zero points as floats, whatever they are stored as.
+void to_floats(const at::Tensor& t, int64_t first, int64_t n, float* out) {
+  if (t.scalar_type() == at::kFloat) std::copy_n(t.const_data_ptr<float>() + first, n, out);
+  if (t.scalar_type() == at::kBFloat16) std::copy_n(t.const_data_ptr<at::BFloat16>() + first, n, out);
+  if (t.scalar_type() == at::kHalf) std::copy_n(t.const_data_ptr<at::Half>() + first, n, out);
+  if (t.scalar_type() == at::kChar) std::copy_n(t.const_data_ptr<int8_t>() + first, n, out);
+}
+
+// Units of a panel as bfloat16, scaled: what the dequantized weight would be.
+template <class W>
+void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
+  for (int64_t u = first; u < first + units; u++)
+    for (int half = 0; half < 2; half++) {
+      const int64_t at = u / g.units * PANEL + half * 16;
+      const floats scale = read<floats>(g.scale + at);
+      const floats offset = g.offset ? read<floats>(g.offset + at) : floats{};
+      for (int j = 0; j < 4; j++, out += 32) {
+        Pair f = W::pair(w + (2 * u + half) * W::HALF, j);
+        f = {(f.even + offset) * scale, (f.odd + offset) * scale};
+#ifdef BFLOAT16_DOT
+        const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f.even));
+        const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f.odd));
+        _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+#else
+        for (int i = 0; i < 16; i++) out[2 * i] = f.even[i], out[2 * i + 1] = f.odd[i];
+#endif
+      }
+    }
+}
+
+struct Product {
+  int64_t M, N, K, block;             // block: rows of x laid out together; the last one has the rest
+  const uint8_t* w;
+  at::Tensor scales, offsets, x_sum;  // x_sum as x: blocks of [groups][rows]
+  int64_t group = 0;                  // 0: no scales
+};
+
+// Scratch of one thread, y's panel [M][32] among it.
+struct Scratch {
+  std::vector<float> y, scale, offset;
+  std::vector<at::BFloat16> weights;
+};
+
+template <class W, class X>
+void panel(const Product& p, int64_t index, const X* x, Scratch& s) {
+  constexpr int LARGEST = std::is_same_v<X, at::BFloat16> ? ROWS : 4;
+  using Rows = std::make_integer_sequence<int, LARGEST>;
+  const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
+  const uint8_t* w = p.w + index * units * 2 * W::HALF;
+  Groups g{count, p.group ? p.group / UNIT : units, units, nullptr, nullptr, nullptr};
+  if (p.group) {
+    s.scale.resize(count * PANEL);
+    to_floats(p.scales, index * count * PANEL, count * PANEL, s.scale.data());
+    g.scale = s.scale.data();
+  }
+  if (p.group && p.offsets.defined()) {
+    s.offset.resize(count * PANEL);
+    to_floats(p.offsets, index * count * PANEL, count * PANEL, s.offset.data());
+    g.offset = s.offset.data();
+  }
+  const bool once = p.M > DIRECT && p.group && std::is_same_v<X, at::BFloat16>;
+  const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
+  for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
+    const int64_t n = p.group && !once ? units : std::min(depth, units - first);
+    if (once) {
+      s.weights.resize(depth * UNIT * PANEL);
+      unpack<W>(w, first, n, g, s.weights.data());
+    }
+    for (int64_t m = 0; m < p.M; m += p.block) {
+      const int64_t rows = std::min(p.block, p.M - m);
+      const X* xs = x + m * p.K + first * UNIT * rows;
+      float* y = s.y.data() + m * PANEL;
+      if (once || !p.group) {
+        const Groups plain{1, n, n, nullptr, nullptr, nullptr};
+        const uint8_t* from = once ? (const uint8_t*)s.weights.data() : w + first * 2 * W::HALF;
+        if (once) multiply_rows<Bfloat16, X>(rows, Rows(), from, xs, plain, y, first > 0);
+        else multiply_rows<W, X>(rows, Rows(), from, xs, plain, y, first > 0);
+      } else {
+        if (g.offset) g.x_sum = p.x_sum.const_data_ptr<float>() + m * count;
+        multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
+      }
+    }
+  }
+}
+
+// n of a panel's 32 sums to y, rounded.
+template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
+#ifdef BFLOAT16_DOT
+  if (std::is_same_v<Y, at::BFloat16> && n == PANEL) {
+    write(y, _mm512_cvtne2ps_pbh((__m512)read<floats>(sums + 16), (__m512)read<floats>(sums)));
+    return;
+  }
+#endif
+  std::copy_n(sums, n, y);
+}
+
+template <class W, class X, class Y>
+void run(const Product& p, const X* x, Y* y) {
+  // a thread is worth waking for 64 K multiplications
+  const int64_t grain = std::max<int64_t>(1, 65536 / (p.K * PANEL * std::min<int64_t>(p.M, 8)));
+  at::parallel_for(0, (p.N + PANEL - 1) / PANEL, grain, [&](int64_t begin, int64_t end) {
+    thread_local Scratch s;
+    s.y.resize(p.M * PANEL);
+    for (int64_t i = begin; i < end; i++) {
+      panel<W, X>(p, i, x, s);
+      const int64_t n = std::min<int64_t>(PANEL, p.N - i * PANEL);
+      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, y + m * p.N + i * PANEL);
+    }
+  });
+}
+
+// x [M, K] -> blocks of [K / 2][rows][2] in X; and, for offsets, the sums of x by group, blocks of [groups][rows].
+template <class X>
+at::Tensor arrange(const at::Tensor& x, int64_t block) {
+  const int64_t M = x.size(0), K = x.size(1);
+  const auto dtype = c10::CppTypeToScalarType<X>::value;
+  if (M == 1) return x.to(dtype).contiguous();
+  auto out = at::empty({M * K}, x.options().dtype(dtype));
+  const at::Tensor from = x.to(dtype).contiguous();
+  using Two = std::conditional_t<sizeof(X) == 2, uint32_t, uint64_t>;
+  const Two* in = (const Two*)from.const_data_ptr();
+  Two* to = (Two*)out.data_ptr();
+  at::parallel_for(0, (M + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin * block; m < std::min(M, end * block); m += block) {
+      const int64_t rows = std::min(block, M - m);
+      for (int64_t k = 0; k < K / 2; k++)
+        for (int64_t r = 0; r < rows; r++) to[m * K / 2 + k * rows + r] = in[(m + r) * K / 2 + k];
+    }
+  });
+  return out;
+}
+
+at::Tensor group_sums(const at::Tensor& x, int64_t group, int64_t block) {
+  const int64_t M = x.size(0), G = (x.size(1) + group - 1) / group;
+  const at::Tensor whole = at::constant_pad_nd(x, {0, G * group - x.size(1)});
+  const at::Tensor sums = whole.view({M, G, group}).sum(-1, false, at::kFloat);
+  if (M == 1) return sums;
+  auto out = at::empty({M * G}, sums.options());
+  for (int64_t m = 0; m < M; m += block) {
+    const int64_t rows = std::min(block, M - m);
+    out.narrow(0, m * G, rows * G).view({G, rows}).copy_(sums.narrow(0, m, rows).t());
+  }
+  return out;
+}
+
+// x [..., K], w packed for `bits` 16, 8 or 4; scales and offsets [panels * groups * 32] or none -> [..., N] in x's dtype.
+at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optional<at::Tensor>& scales,
+                  const std::optional<at::Tensor>& offsets, int64_t N, int64_t bits, int64_t group) {
+  const int64_t panels = (N + PANEL - 1) / PANEL, K = w.nbytes() * 8 / (panels * PANEL * bits);
+  auto sizes = input.sizes().vec();
+  at::Tensor x = input.reshape({-1, sizes.back()});
+  if (x.size(1) != K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
+  sizes.back() = N;
+  const int64_t M = x.size(0);
+  auto y = at::empty({M, N}, x.options());
+  if (!M) return y.view(sizes);
+  const auto multiply_as = [&](auto kind, auto zero, int64_t largest) {
+    using W = decltype(kind);
+    using X = decltype(zero);
+    const int64_t block = (M + (M + largest - 1) / largest - 1) / ((M + largest - 1) / largest);   // even blocks
+    Product p{M, N, K, block, (const uint8_t*)w.const_data_ptr(), {}, {}, {}};
+    if (scales) p.scales = *scales, p.group = group ? group : K;                     // 0: one group, the whole row
+    if (offsets) p.offsets = *offsets, p.x_sum = group_sums(x, p.group, block);
+    const at::Tensor blocks = arrange<X>(x, block);
+    if (x.scalar_type() == at::kBFloat16) run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<at::BFloat16>());
+    else if (x.scalar_type() == at::kHalf) run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<at::Half>());
+    else run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<float>());
+  };
+  const auto by_kind = [&](auto zero, int64_t largest) {
+    if (bits == 16) multiply_as(Bfloat16(), zero, largest);
+    if (bits == 8) multiply_as(Int8(), zero, largest);
+    if (bits == 4) multiply_as(Int4(), zero, largest);
+  };
+#ifdef BFLOAT16_DOT
+  if (x.scalar_type() == at::kBFloat16) by_kind(at::BFloat16(), ROWS);
+  else
+#endif
+    by_kind(float(), 4);
+  return y.view(sizes);
+}
+
+}  // namespace
+
+#ifndef LIBRARY
+#define LIBRARY cpu_kernels
+#endif
+
+TORCH_LIBRARY(LIBRARY, m) {
+  m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("linear", &linear); }
