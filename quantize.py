@@ -89,6 +89,8 @@ class QuantizedLinear(nn.Module):
         """Lay the weights out for the device they are on. The paths, best first: the CPU kernel; PyTorch's
         packed operators; dequantizing, which is the meaning itself and works anywhere."""
         whole_units = self.kernel_group() % cpu.UNIT == 0
+        if self.path != "plain":
+            return self
         if self.scales.device.type == "cpu" and whole_units and cpu.available():
             self.pack_for_kernel()
         elif self.scales.device.type in ("cpu", "cuda"):

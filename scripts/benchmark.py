@@ -29,6 +29,7 @@ from checkpoint import args_from  # noqa: E402
 from generate import (EAGER, Sampler, Sampling, bytes_per_token, compile_steps, decode_n_tokens,  # noqa: E402
                       make_room, peak_memory, pick_device, probe_bandwidth, run_prefill)
 from model import Transformer  # noqa: E402
+from quantize import KINDS, describe, pack_model  # noqa: E402
 
 
 def tensor_names(config: dict) -> list[str]:
@@ -44,7 +45,9 @@ def tensor_names(config: dict) -> list[str]:
     return names + [f"model.layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
 
 
-def random_model(config_path: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mode: str = "",
+                 groupsize: int = 32) -> Transformer:
+    """A model of this config with random weights, all of them (head too) in `mode`: "" (dtype), int8 or int4."""
     config = json.loads(Path(config_path).read_text())
     args, _ = args_from(config, dict.fromkeys(tensor_names(config)))
     with torch.device("meta"):
@@ -53,7 +56,13 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype) -> 
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.uniform_(-0.03, 0.03)
-    return model
+    for name, module in list(model.named_modules()) if mode else []:
+        if type(module) is torch.nn.Linear or module is model.tok_embeddings and model.output is None:
+            parent, _, leaf = name.rpartition(".")
+            layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
+            layer.dtype, module.weight = dtype, None
+            setattr(model.get_submodule(parent), leaf, layer.pack())
+    return pack_model(model)
 
 
 def seconds(work) -> float:
@@ -79,7 +88,7 @@ def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capac
 @torch.no_grad()
 def measure(o: argparse.Namespace) -> dict:
     device = pick_device(o.device)
-    model = random_model(o.config, device, getattr(torch, o.dtype))
+    model = random_model(o.config, device, getattr(torch, o.dtype), o.mode, o.groupsize)
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     prompt = torch.randint(model.args.vocab_size, (o.prompt_tokens,)).tolist()
     rows = [prompt] * o.batch_size
@@ -113,7 +122,7 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
         "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size,
         "compile": o.compile, "compile_prefill": o.compile_prefill,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
-        "params": sum(p.numel() for p in model.parameters()), "bytes_per_token": read,
+        "quant": describe(model), "bytes_per_token": read,
         "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
         "decode_tok_s": o.batch_size / median["decode"], "bandwidth_gbs": read / median["decode"] / 1e9,
         "share_of_bandwidth": read / median["decode"] / median["probe"],
@@ -131,6 +140,8 @@ def main():
     p = argparse.ArgumentParser(description="Time a model shape with random weights, beside the bandwidth.")
     p.add_argument("--config", default=str(ROOT / "scripts/shapes/llama-3.2-1b.json"), help="a config.json")
     p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--mode", default="", choices=["", "int8", "int4"], help="of the weights; default: --dtype")
+    p.add_argument("--groupsize", type=int, default=32, help="of int4")
     p.add_argument("--device", default="auto")
     p.add_argument("--batch_size", type=int, default=1)
     p.add_argument("--prompt_tokens", type=int, default=512)
@@ -149,8 +160,9 @@ def main():
     if o.json:
         print(json.dumps(found))
         return
-    print(f"{found['params'] / 1e6:.1f} M parameters, {o.dtype} on {found['device']}, {found['threads']} threads, "
-          f"torch {found['torch']}, commit {found['commit']}")
+    read_mb = found["bytes_per_token"] / 1e6
+    print(f"{Path(o.config).stem}, {read_mb:.1f} MB a token, {found['quant'] or o.dtype} on {found['device']}, "
+          f"{found['threads']} threads, torch {found['torch']}, commit {found['commit']}")
     print(f"bandwidth probe  {found['bandwidth_probe_gbs']:8.1f} GB/s")
     print(f"decode           {found['decode_tok_s']:8.1f} tok/s   {found['bandwidth_gbs']:.1f} GB/s, "
           f"{100 * found['share_of_bandwidth']:.0f} % of the probe")
