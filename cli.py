@@ -44,8 +44,8 @@ def not_negative(text: str) -> int:
 
 def guesses(text: str) -> int | str:
     if text != "auto" and not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not in 1 ... {MOST}, the tokens for which the cache keeps room "
-                                         "behind the text, nor auto")
+        raise argparse.ArgumentTypeError(f"{text} is not in 1 ... {MOST}, the tokens for which the cache keeps "
+                                         "room behind the text, nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -84,10 +84,12 @@ def parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile the prompt's step too")
     add("--draft_checkpoint_path", metavar="PATH",
         help="a smaller model with the same tokenizer: it guesses, and the model checks several tokens a step")
-    add("--prompt_lookup", action="store_true", help="guess without a draft: copy what followed the last tokens before")
+    add("--prompt_lookup", action="store_true",
+        help="guess without a draft: copy what followed the last tokens where they stood before")
     add("--speculate_k", type=guesses, metavar="K",
         help=f"tokens to guess a step, 1 to {MOST}, or auto: as many as pay, perhaps none; default: 4")
-    add("--lookup_ngram", type=positive, metavar="N", help="longest run of tokens that is looked up; default: 3")
+    add("--lookup_ngram", type=positive, metavar="N",
+        help="longest run of tokens that is looked up; default: 3")
     add("--profile", metavar="FILE", help="write a trace of the last sample for chrome://tracing")
     add("--json", action="store_true",
         help="print one JSON object with texts and figures instead of the text")
@@ -163,11 +165,11 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
                                             trust_architecture=o.trust_architecture)
         check_same_tokens(tokenizer, draft_tokenizer)
         ours, theirs = bytes_per_token(model), bytes_per_token(draft)
-        say(o, f"draft {o.draft_checkpoint_path}: {sum(p.numel() for p in draft.parameters()) / 1e6:.1f} M parameters, "
-               f"{theirs / 1e6:.1f} MB a token beside the model's {ours / 1e6:.1f}")
+        say(o, f"draft {o.draft_checkpoint_path}: {theirs / 1e6:.1f} MB a token beside the model's "
+               f"{ours / 1e6:.1f}")
         if theirs >= ours:
-            say(o, f"note: the draft reads {theirs / 1e6:.1f} MB a token and the model {ours / 1e6:.1f}; only a smaller "
-                   "draft saves time")
+            say(o, f"note: the draft reads {theirs / 1e6:.1f} MB a token and the model {ours / 1e6:.1f}; only a "
+                   "smaller draft saves time")
         if draft.limit < model.limit:
             say(o, f"note: the draft was trained for {draft.limit} tokens and the model may hold {model.limit}; "
                    "beyond that it guesses badly, and the text stays right")
@@ -176,7 +178,8 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
     return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
 
 
-def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer: Tokenizer, speculation) -> float:
+def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer: Tokenizer,
+            speculation) -> float:
     """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots
     symbolic."""
     if steps == EAGER:
@@ -221,7 +224,7 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
                     print(piece, end="", flush=True)
         if not o.json:
             print(*([] if single else [row.text for row in rows]), sep="\n", flush=True)
-        report_run(o, model, report, rows, settings, figures)
+        report_run(o, model, report, rows, settings, figures, speculation)
         if speculation:
             report_speculation(o, model, steps, speculation, report, rows, settings, figures)
         finished += rows
@@ -247,12 +250,16 @@ def rate(count: float, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
 
-def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures):
+def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures,
+               speculation: Speculation | None = None):
     """One line of figures. Bandwidth: the bytes all steps read, over the decode time, beside what the
     machine reads."""
     steps = max((len(row.ids) for row in rows), default=1) - 1
     report["bytes_per_token"] = bytes_per_token(model)
-    report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
+    read = report["bytes_per_token"] * (speculation.acceptance.model_steps if speculation else steps)
+    if speculation and speculation.draft is not None:
+        read += bytes_per_token(speculation.draft) * speculation.acceptance.draft_steps
+    report["bandwidth_gbs"] = rate(read, f.decode_s) / 1e9
     if (o.json or not o.quiet) and "bandwidth_probe_gbs" not in report:
         report["bandwidth_probe_gbs"] = probe_bandwidth(model.norm.weight.device) / 1e9
     if report.get("compile_s"):
@@ -267,10 +274,10 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
            f"{', '.join(sorted({row.finish_reason for row in rows}))}")
 
 
-def report_speculation(o, model: Transformer, steps: Steps, speculation: Speculation, report: dict, rows: list[Row],
-                       settings: Sampling, f: Figures):
-    """A line on what speculation brought. The speed-up compares with plain steps timed now, behind the text, so that
-    both see the same machine; report["acceptance"] sums up all samples."""
+def report_speculation(o, model: Transformer, steps: Steps, speculation: Speculation, report: dict,
+                       rows: list[Row], settings: Sampling, f: Figures):
+    """A line on what speculation brought; report["acceptance"] and ["speedup"] sum up all samples. The speed-up
+    compares with plain steps timed now, behind the text, so that both see the same machine."""
     report.setdefault("acceptances", Acceptance()).add(speculation.acceptance)
     report["acceptance"] = report["acceptances"].figures()
     if f.decode_s and (o.json or not o.quiet):
@@ -280,8 +287,9 @@ def report_speculation(o, model: Transformer, steps: Steps, speculation: Specula
         report["speedup"] = rate(*times)
     a = speculation.acceptance.figures()
     say(o, f"speculation: {a['tokens_per_step']:.2f} tokens a step; of {sum(a['histogram'])} blocks "
-           f"{', '.join(f'{count} accepted {n}' for n, count in enumerate(a['histogram']))}, {a['mean']:.2f} on average, "
-           f"{100 * a['rate']:.0f} % of what was guessed; {a['plain_steps']} plain steps; "
+           f"{', '.join(f'{count} accepted {n}' for n, count in enumerate(a['histogram']))}, "
+           f"{a['mean']:.2f} on average, {100 * a['rate']:.0f} % of what was guessed; "
+           f"{a['plain_steps']} plain steps; "
            f"{report.get('speedup', 0):.2f} x the speed of plain steps timed after the text")
 
 
@@ -367,7 +375,7 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
     except KeyboardInterrupt:
         row.finish_reason = "interrupted"
     print(flush=True)
-    report_run(o, model, report, [row], settings, figures)
+    report_run(o, model, report, [row], settings, figures, speculation)
     if speculation:
         report_speculation(o, model, steps, speculation, report, [row], settings, figures)
     return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was never fed

@@ -124,7 +124,8 @@ class Sampler:
         """Weights [B, V] -> ids [B], each as likely as its share of its row's weights."""
         if self.settings.temperature == 0:
             return weights.argmax(-1)
-        return (weights / self.uniform(weights.shape[1]).log_().neg_()).argmax(-1)  # exponential_ takes 6 x as long
+        exponential = self.uniform(weights.shape[1]).log_().neg_()         # exponential_ takes 6 x as long
+        return (weights / exponential).argmax(-1)
 
     def uniform(self, n: int) -> Tensor:
         """Numbers [B, n] in [0, 1), so that no log of theirs is 0; each row's from its own generator."""
@@ -340,7 +341,8 @@ class Figures:
 
 @torch.no_grad()
 def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER,
-                  cached: int = 0, figures: Figures | None = None, speculation=None) -> Iterator[tuple[int, str]]:
+                  cached: int = 0, figures: Figures | None = None,
+                  speculation=None) -> Iterator[tuple[int, str]]:
     """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to
     reuse. `speculation`: a speculate.Speculation, which then decodes, several tokens a step.
 
@@ -373,9 +375,9 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
         interval = 1 if device.type == "cpu" else 8
     block = [tokens]
     while block:
-        host_ids = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()     # the one wait for the device
+        by_row = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()    # the one wait for the device
         elapsed, before = time.perf_counter() - began, figures.new_tokens
-        for ids in zip(*host_ids):                              # a column; -1 where a row's block is shorter
+        for ids in zip(*by_row):                              # a column; -1 where a row's block is shorter
             running = [r for r, row in enumerate(rows) if not row.finish_reason and ids[r] >= 0]
             figures.new_tokens += len(running)
             for r in running:
@@ -440,7 +442,8 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
 
 
 def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], *, max_new_tokens: int = 256,
-           stop=(), ignore_eos: bool = False, steps: Steps = EAGER, speculation=None, **sampling) -> Iterator[str]:
+           stop=(), ignore_eos: bool = False, steps: Steps = EAGER, speculation=None,
+           **sampling) -> Iterator[str]:
     """Yield the text that follows a prompt, piece by piece, as it is computed. sampling: the fields of
     `Sampling`."""
     rows = rows_for(model, tokenizer, [prompt], max_new_tokens, stop, ignore_eos)

@@ -1,14 +1,16 @@
-"""Several tokens a step: speculative decoding (Leviathan et al. 2023; Chen et al. 2023), exact in distribution.
+"""Several tokens a step: speculative decoding (Leviathan et al. 2023; Chen et al. 2023), exact in
+distribution.
 
-Decoding one token reads every weight once, and so does decoding five. So something cheap guesses k tokens ahead,
-and the model checks all of them in one forward: it accepts a guess as often as it would have drawn it itself, and
-replaces the first refused one by a draw from what is left of its own distribution. The text is distributed as if
-nothing had been guessed, and with temperature 0 it is the same text.
+Decoding one token reads every weight once, and so does decoding five. So something cheap guesses k tokens
+ahead, and the model checks all of them in one forward: it accepts a guess as often as it would have drawn it
+itself, and replaces the first refused one by a draw from what is left of its own distribution. The text is
+distributed as if nothing had been guessed, and with temperature 0 it is the same text.
 
-The guesses come from a smaller model (`draft_tokens`) or from the text so far (`look_up`). `Speculation.decode` is
-the loop, and takes the place of generate.py's `decode_n_tokens`; `accept` is the mathematics; `Pace` chooses k. Rows
-accept different numbers of tokens: positions are per row, and what a refused guess left in a cache is overwritten by
-the next step, for it stands at later positions than any query sees.
+The guesses come from a smaller model (`draft_tokens`) or from the text so far (`look_up`).
+`Speculation.decode` is the loop, and takes the place of generate.py's `decode_n_tokens`; `accept` is the
+mathematics; `Pace` chooses k. Rows accept different numbers of tokens: positions are per row, and what a
+refused guess left in a cache is overwritten by the next step, for it stands at later positions than any query
+sees.
 
 What it is not: a tree of guesses, nor a head trained for guessing. Read generate.py first.
 """
@@ -23,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import (PAD, NarrowRows, Row, Sampler, Sampling, Steps, attended, decode_n_tokens, generate_rows,
-                      make_room, one_row_matmul, rows_for, run_prefill, symbolic, token_probs)
+from generate import (PAD, NarrowRows, Row, Sampler, Sampling, Steps, attended, decode_n_tokens,
+                      generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic, token_probs)
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -35,7 +37,8 @@ CHOICES = (1, 2, 3, 4, 6, 8)            # what `auto` chooses from, beside 0
 # ---- steps: what is compiled -------------------------------------------------------------------------------
 
 def draft(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
-    """The draft model reads one or two tokens a row. tokens, input_pos [B, 1|2] -> logits [B, V] after the last."""
+    """The draft model reads one or two tokens a row. tokens, input_pos [B, 1|2] -> logits [B, V] after the
+    last."""
     B, T = tokens.shape
     last = torch.full((B, 1), T - 1, device=tokens.device)
     with NarrowRows():
@@ -53,8 +56,8 @@ class SpeculativeSteps(NamedTuple):
 
 
 def compile_speculation() -> SpeculativeSteps:
-    """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k, two of
-    draft its one or two tokens, and how many guesses are accepted is data."""
+    """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
+    two of draft its one or two tokens, and how many guesses are accepted is data."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     return SpeculativeSteps(torch.compile(draft, fullgraph=True, mode=mode),
                             torch.compile(verify, fullgraph=True, mode=mode))
@@ -62,13 +65,13 @@ def compile_speculation() -> SpeculativeSteps:
 
 # ---- guesses -----------------------------------------------------------------------------------------------
 
-def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos: Tensor, k: int, sampler: Sampler,
-                 vocab_size: int, key_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-    """k guesses [B, k] of the draft model after the tokens at input_pos [B] of history [B, L], and the probabilities
-    q [B, k, V] they were drawn from; None where drawing is taking the most likely one.
+def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos: Tensor, k: int,
+                 sampler: Sampler, vocab_size: int, key_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+    """k guesses [B, k] of the draft model after the tokens at input_pos [B] of history [B, L], and the
+    probabilities q [B, k, V] they were drawn from; None where drawing is taking the most likely one.
 
-    The first forward reads two tokens: after a fully accepted block the draft has not seen the last of its own
-    guesses; otherwise it writes again what stands there.
+    The first forward reads two tokens: after a fully accepted block the draft has not seen the last of its
+    own guesses; otherwise it writes again what stands there.
     """
     at = input_pos[:, None] + torch.arange(-1, 1, device=input_pos.device)           # [B, 2]
     tokens, seen = history.gather(1, at), sampler.seen
@@ -99,16 +102,19 @@ def takes_the_best(sampler: Sampler) -> bool:
 
 
 def look_up(history: Tensor, input_pos: Tensor, ngram: int, k: int) -> tuple[Tensor, Tensor]:
-    """Guess from the text so far: find where its last tokens, up to `ngram`, stood before, and copy what followed.
+    """Guess from the text so far: find where its last tokens, up to `ngram`, stood before, and copy what
+    followed.
 
-    history [B, L] holds each row's ids up to input_pos [B]; what lies beyond is not read. The longest match wins,
-    among equals the latest. A copy that reaches the text's end goes on from its own beginning, as a repetition would.
-    Returns guesses [B, k] and found [B] bool: rows with no match have guesses that mean nothing.
+    history [B, L] holds each row's ids up to input_pos [B]; what lies beyond is not read. The longest match
+    wins, among equals the latest. A copy that reaches the text's end goes on from its own beginning, as a
+    repetition would. Returns guesses [B, k] and found [B] bool: a row with no match has guesses that mean
+    nothing.
     """
     B, L = history.shape
     slots = torch.arange(L, device=history.device).expand(B, L)
     last = input_pos[:, None]                                                        # [B, 1]
-    match, length = slots < last, torch.zeros_like(slots)       # of the text that ends at a slot with the whole's end
+    # does the text that ends at a slot agree with the end of the whole, and in how many tokens?
+    match, length = slots < last, torch.zeros_like(slots)
     for back in range(ngram):
         at = (slots - back).clamp(min=0)
         same = history.gather(1, at) == history.gather(1, (last - back).clamp(min=0))
@@ -122,17 +128,18 @@ def look_up(history: Tensor, input_pos: Tensor, ngram: int, k: int) -> tuple[Ten
 
 # ---- accepting ---------------------------------------------------------------------------------------------
 
-def accept(guesses: Tensor, found: Tensor, q: Tensor | None, p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def accept(guesses: Tensor, found: Tensor, q: Tensor | None, p: Tensor,
+           uniform: Tensor) -> tuple[Tensor, Tensor]:
     """How many guesses stand, and what to draw the next id from (Leviathan et al. 2023, algorithm 1).
 
     guesses [B, k], drawn from q [B, k, V] (None: they were certain), found [B]: False refuses a row's guesses
-    unseen; p [B, k+1, V] the model's own probabilities; uniform [B, k] in [0, 1). A guess stands with probability
-    min(1, p / q). Returns accepted [B] and weights [B, V]: max(p - q, 0) at the first refused guess, p after the
-    last one.
+    unseen; p [B, k+1, V] the model's own probabilities; uniform [B, k] in [0, 1). A guess stands with
+    probability min(1, p / q). Returns accepted [B] and weights [B, V]: max(p - q, 0) at the first refused
+    guess, p after the last one.
     """
     B, k = guesses.shape
     p_guess = p[:, :k].gather(2, guesses[:, :, None])[:, :, 0]                       # [B, k]
-    q_guess = torch.ones_like(p_guess) if q is None else q.gather(2, guesses[:, :, None])[:, :, 0]
+    q_guess = 1.0 if q is None else q.gather(2, guesses[:, :, None])[:, :, 0]
     stands = (uniform * q_guess < p_guess) & found[:, None]
     accepted = stands.long().cumprod(1).sum(1)                                       # [B]
     row, first_refused = torch.arange(B, device=p.device), accepted.clamp(max=k - 1)
@@ -149,8 +156,8 @@ def accept(guesses: Tensor, found: Tensor, q: Tensor | None, p: Tensor, uniform:
 
 def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
              sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """The model's logits [B, k+1, V] decide: ids [B, k+1], of which each row's first accepted [B] + 1 are its next.
-    """
+    """The model's logits [B, k+1, V] decide: ids [B, k+1], of which each row's first accepted [B] + 1 are its
+    next."""
     B, k = guesses.shape
     if takes_the_best(sampler):
         ids = logits.argmax(-1)                                                      # [B, k+1]
@@ -177,9 +184,10 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
 class Pace:
     """Chooses k before each step. A fixed k stays; "auto" maximizes the tokens a second to be expected.
 
-    With a the share of guesses accepted, k guesses bring (1 - a^(k+1)) / (1 - a) tokens. Their seconds are a line
-    through the medians of the last steps' at each k. Where plain decoding is expected to be faster, guessing rests
-    for 16 plain steps, and after a failed trial for 32, ... 256; a trial whose guesses all stand shortens the rest.
+    With a the share of guesses accepted, k guesses bring (1 - a^(k+1)) / (1 - a) tokens. Their seconds are a
+    line through the medians of the last steps' at each k. Where plain decoding is expected to be faster,
+    guessing rests for 16 plain steps, and after a failed trial for 32, ... 256; a trial whose guesses all
+    stand shortens the rest.
     """
 
     def __init__(self, k: int | str):
@@ -236,14 +244,17 @@ class Pace:
 
 @dataclass
 class Acceptance:
-    """Counts over rows and steps, of rows that had not ended."""
-    histogram: list[int] = field(default_factory=lambda: [0] * (MOST + 1))  # [n]: verifications that accepted n
+    """Counts over rows and steps, of rows that had not ended; a block is a row's guesses in one step."""
+    histogram: list[int] = field(default_factory=lambda: [0] * (MOST + 1))  # [n]: blocks with n accepted
     guessed: int = 0                    # tokens
-    plain: int = 0                      # steps without a guess
+    plain: int = 0                      # a row's steps without a guess
+    model_steps: int = 0                # forwards of the model, whatever the number of rows
+    draft_steps: int = 0                # and of the draft
 
     def add(self, other: "Acceptance"):
         self.histogram = [a + b for a, b in zip(self.histogram, other.histogram)]
-        self.guessed, self.plain = self.guessed + other.guessed, self.plain + other.plain
+        for name in ("guessed", "plain", "model_steps", "draft_steps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict:
         """histogram, its mean, accepted / guessed, and tokens that a step of the model brings a row."""
@@ -256,10 +267,11 @@ class Acceptance:
 
 
 class Speculation:
-    """How to speculate, for generate_rows: with a draft model, or without one by looking the prompt up.
+    """How to speculate, for generate_rows: with a draft model, or without one by looking the text up.
 
-    k: guesses a step, 1 ... 16 or "auto". ngram: the longest run of tokens to look for. The draft keeps its cache
-    between calls, so that a chat's next turn runs its new tokens only. `acceptance` counts the last call.
+    k: guesses a step, 1 ... 16 or "auto". ngram: the longest run of tokens to look for. The draft keeps its
+    cache between calls, so that a chat's next turn runs its new tokens only. `acceptance` counts the last
+    call.
     """
 
     def __init__(self, draft: Transformer | None = None, k: int | str = 4, ngram: int = 3,
@@ -293,8 +305,9 @@ class Speculation:
 
     def decode(self, model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor,
                sampler: Sampler) -> Iterator[Tensor]:
-        """Feed tokens [B] that stand at input_pos [B], and yield each step's ids [B, k+1] on the host, -1 after a
-        row's last. The caller takes them into the rows before it asks again, and stops when all rows have ended."""
+        """Feed tokens [B] that stand at input_pos [B], and yield each step's ids [B, k+1] on the host, -1 after
+        a row's last. The caller takes them into the rows before it asks again, and stops when all have ended.
+        """
         rows, device = self.rows, tokens.device
         history = self.history(tokens, input_pos)                                    # [B, L]
         end = torch.tensor([len(row.prompt) + row.limit - 1 for row in rows], device=device)
@@ -307,8 +320,8 @@ class Speculation:
             k = self.pace.choose() if hopeful else 0
             key_pos = attended(model, filled + k)
             if k == 0:
-                if self.draft is None:                  # so that a row's noise does not depend on other rows' finds
-                    sampler.uniform(self.pace.most)
+                if self.draft is None:
+                    sampler.uniform(self.pace.most)     # a row's noise must not depend on other rows' finds
                 with one_row_matmul(len(rows), device):
                     logits = steps.decode(model, tokens[:, None], input_pos[:, None], key_pos)
                 ids, accepted = sampler(logits)[:, None], torch.zeros_like(input_pos)
@@ -350,8 +363,11 @@ class Speculation:
         return None, torch.ones_like(input_pos, dtype=torch.bool)
 
     def count(self, k: int, host: Tensor, seconds: float):
-        """Keep account of a step with k guesses: of its rows' ids, whether they had guesses, whether they will."""
+        """Keep account of a step with k guesses: of its rows' ids, whether they had guesses, whether they
+        will."""
         accepted = []
+        self.acceptance.model_steps += 1
+        self.acceptance.draft_steps += k if self.draft is not None else 0
         for *ids, had, _ in host.tolist():
             if k and had:
                 accepted.append(sum(i >= 0 for i in ids) - 1)
@@ -365,19 +381,23 @@ class Speculation:
 # ---- before and after a run --------------------------------------------------------------------------------
 
 def check_same_tokens(tokenizer: Tokenizer, draft_tokenizer: Tokenizer):
-    """ValueError unless ids mean the same to both models; special tokens at the end may be missing from one."""
+    """ValueError unless ids mean the same to both models; special tokens at the end may be missing from
+    one."""
     ours, theirs = tokenizer.vocab_size, draft_tokenizer.vocab_size
     larger = tokenizer if ours > theirs else draft_tokenizer
     for i in range(min(ours, theirs)):
         a, b = tokenizer.token_bytes(i, False), draft_tokenizer.token_bytes(i, False)
         if a != b:
-            raise ValueError(f"token {i} is {a!r} to the model and {b!r} to the draft; a draft must have the model's "
-                             "tokenizer")
-    if any(i not in larger.added_by_id and larger.token_bytes(i) for i in range(min(ours, theirs), larger.vocab_size)):
-        raise ValueError(f"the model has {ours} tokens and the draft {theirs}; a draft must have the model's tokenizer")
+            raise ValueError(f"token {i} is {a!r} to the model and {b!r} to the draft; a draft must have the "
+                             "model's tokenizer")
+    beyond = range(min(ours, theirs), larger.vocab_size)
+    if any(i not in larger.added_by_id and larger.token_bytes(i) for i in beyond):
+        raise ValueError(f"the model has {ours} tokens and the draft {theirs}; a draft must have the model's "
+                         "tokenizer")
 
 
-def warm_up(speculation: Speculation, model: Transformer, steps: Steps, tokenizer: Tokenizer, rows: int, length: int):
+def warm_up(speculation: Speculation, model: Transformer, steps: Steps, tokenizer: Tokenizer, rows: int,
+            length: int):
     """Compile draft and verify by running them, with the caches that rows of `length` tokens will need."""
     if speculation.draft is not None:
         make_room(speculation.draft, rows, length)
@@ -392,8 +412,8 @@ def warm_up(speculation: Speculation, model: Transformer, steps: Steps, tokenize
 
 @torch.no_grad()
 def plain_step_seconds(model: Transformer, steps: Steps, rows: list[Row], settings: Sampling) -> float:
-    """What a step without speculation takes here and now: a few more, after the texts of rows, whose ids nobody reads.
-    """
+    """What a step without speculation takes here and now: a few more, after the texts of rows, whose ids nobody
+    reads."""
     device = model.norm.weight.device
     texts = [row.prompt + row.ids for row in rows]
     sampler = Sampler(settings, texts, model.args.vocab_size, device)
