@@ -20,8 +20,8 @@ from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Step
                       compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory,
                       probe_bandwidth, rows_for, run_prefill)
 from model import Transformer
-from speculate import (MOST, Acceptance, Speculation, SpeculativeSteps, check_same_tokens, compile_speculation,
-                       plain_step_seconds)
+from speculate import (MOST, Acceptance, Speculation, SpeculativeSteps, check_same_tokens,
+                       compile_speculation, plain_step_seconds)
 from speculate import warm_up as warm_up_speculation
 from tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ def not_negative(text: str) -> int:
 
 def guesses(text: str) -> int | str:
     if text != "auto" and not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not in 1 ... {MOST}, the tokens for which the cache keeps "
+        raise argparse.ArgumentTypeError(f"{text} is not in 1 ... {MOST}, the tokens for which the cache has "
                                          "room behind the text, nor auto")
     return text if text == "auto" else int(text)
 
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the one-token step (some seconds to a minute, once)")
     add("--compile_prefill", action="store_true", help="compile the prompt's step too")
     add("--draft_checkpoint_path", metavar="PATH",
-        help="a smaller model with the same tokenizer: it guesses, and the model checks several tokens a step")
+        help="a smaller model with the same tokenizer: it guesses, the model checks several tokens a step")
     add("--prompt_lookup", action="store_true",
         help="guess without a draft: copy what followed the last tokens where they stood before")
     add("--speculate_k", type=guesses, metavar="K",
@@ -168,11 +168,11 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
         say(o, f"draft {o.draft_checkpoint_path}: {theirs / 1e6:.1f} MB a token beside the model's "
                f"{ours / 1e6:.1f}")
         if theirs >= ours:
-            say(o, f"note: the draft reads {theirs / 1e6:.1f} MB a token and the model {ours / 1e6:.1f}; only a "
+            say(o, f"note: the draft reads {theirs / 1e6:.1f} MB a token, the model {ours / 1e6:.1f}; only a "
                    "smaller draft saves time")
         if draft.limit < model.limit:
-            say(o, f"note: the draft was trained for {draft.limit} tokens and the model may hold {model.limit}; "
-                   "beyond that it guesses badly, and the text stays right")
+            say(o, f"note: the draft was trained for {draft.limit} tokens, the model may hold {model.limit}; "
+                   "beyond, it guesses badly, and the text stays right")
         report["draft"] = o.draft_checkpoint_path
     steps = compile_speculation() if o.compile else SpeculativeSteps()
     return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
@@ -276,8 +276,8 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
 
 def report_speculation(o, model: Transformer, steps: Steps, speculation: Speculation, report: dict,
                        rows: list[Row], settings: Sampling, f: Figures):
-    """A line on what speculation brought; report["acceptance"] and ["speedup"] sum up all samples. The speed-up
-    compares with plain steps timed now, behind the text, so that both see the same machine."""
+    """A line on what speculation brought; report["acceptance"] and ["speedup"] sum up all samples. The
+    speed-up compares with plain steps timed now, behind the text, so that both see the same machine."""
     report.setdefault("acceptances", Acceptance()).add(speculation.acceptance)
     report["acceptance"] = report["acceptances"].figures()
     if f.decode_s and (o.json or not o.quiet):
@@ -363,7 +363,8 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
         messages = [*asked, {"role": "assistant", "content": row.text}] if o.chat else []
 
 
-def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculation, report: dict) -> list[int]:
+def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculation,
+           report: dict) -> list[int]:
     """Print one answer; return the ids that the cache holds afterwards."""
     figures, settings = Figures(), Sampling.of(model, **sampling_flags(o))
     try:

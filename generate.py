@@ -375,7 +375,7 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
         interval = 1 if device.type == "cpu" else 8
     block = [tokens]
     while block:
-        by_row = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()    # the one wait for the device
+        by_row = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()  # the one wait for the device
         elapsed, before = time.perf_counter() - began, figures.new_tokens
         for ids in zip(*by_row):                              # a column; -1 where a row's block is shorter
             running = [r for r, row in enumerate(rows) if not row.finish_reason and ids[r] >= 0]

@@ -74,7 +74,7 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
     own guesses; otherwise it writes again what stands there.
     """
     at = input_pos[:, None] + torch.arange(-1, 1, device=input_pos.device)           # [B, 2]
-    tokens, seen = history.gather(1, at), sampler.seen
+    tokens, seen = known_to(model, history.gather(1, at)), sampler.seen
     ids, q = [], []
     for _ in range(k):
         with one_row_matmul(tokens.numel(), tokens.device):
@@ -90,10 +90,15 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
 
 
 def fit(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [B, V'] of a draft whose vocabulary is padded otherwise -> [B, V]: it cannot guess what V lacks."""
+    """Logits [B, V'] of a draft whose vocabulary is padded otherwise -> [B, V]: no guess is outside V."""
     if logits.shape[-1] < vocab_size:
         return F.pad(logits, (0, vocab_size - logits.shape[-1]), value=-torch.inf)
     return logits[:, :vocab_size]
+
+
+def known_to(draft_model: Transformer, tokens: Tensor) -> Tensor:
+    """The other way round: ids that only the model's larger table has become the draft's last one."""
+    return tokens.clamp(max=draft_model.args.vocab_size - 1)
 
 
 def takes_the_best(sampler: Sampler) -> bool:
@@ -172,7 +177,7 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
     p = token_probs(logits.flatten(0, 1), sampler.settings, seen).view(B, k + 1, -1)
     accepted, weights = accept(guesses, found, q, p, sampler.uniform(k))
     ids = F.pad(guesses, (0, 1)).scatter(1, accepted[:, None], sampler.draw(weights)[:, None])
-    if sampler.seen is not None:                        # refused ids become the last one, which is seen anyway
+    if sampler.seen is not None:                    # refused ids become the next one, which is seen anyway
         last = ids.gather(1, accepted[:, None])
         taken = torch.where(torch.arange(k + 1, device=ids.device) <= accepted[:, None], ids, last)
         sampler.seen.scatter_(1, taken, True)
@@ -277,8 +282,8 @@ class Speculation:
     def __init__(self, draft: Transformer | None = None, k: int | str = 4, ngram: int = 3,
                  steps: SpeculativeSteps = SpeculativeSteps()):
         if k != "auto" and not 1 <= int(k) <= MOST:
-            raise ValueError(f"speculate_k is {k}; it must lie in 1 ... {MOST}, the tokens for which the cache "
-                             "keeps room behind the text, or be auto")
+            raise ValueError(f"speculate_k is {k}; it must be auto or 1 ... {MOST}, the tokens for which the "
+                             "cache keeps room behind the text")
         if ngram < 1:
             raise ValueError(f"lookup_ngram is {ngram}; it must be 1 or more")
         self.draft, self.k, self.ngram, self.steps = draft, k, ngram, steps
@@ -287,7 +292,7 @@ class Speculation:
         self.drafted = 0                # the first positions of each row that the draft's cache holds
 
     def prefill(self, model: Transformer, steps: Steps, rows: list[Row], cached: int):
-        """The draft reads the prompts too. The first `cached` ids are what the last call's rows began with."""
+        """The draft reads the prompts too. The first `cached` ids are the last call's too."""
         self.acceptance = Acceptance()
         before = self.rows[0].prompt + self.rows[0].ids if len(self.rows) == len(rows) == 1 else []
         held = before[:min(cached, self.drafted)]
@@ -300,14 +305,15 @@ class Speculation:
 
     def catch_up(self, steps: Steps):
         """Let the draft read what it has not: the prompts, or tokens that were decoded without it."""
-        texts = [row.prompt + row.ids for row in self.rows]
+        last = self.draft.args.vocab_size - 1
+        texts = [[min(i, last) for i in row.prompt + row.ids] for row in self.rows]     # as in known_to
         run_prefill(self.draft, steps, texts, min(self.drafted, max(map(len, texts)) - 1))
 
     def decode(self, model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor,
                sampler: Sampler) -> Iterator[Tensor]:
-        """Feed tokens [B] that stand at input_pos [B], and yield each step's ids [B, k+1] on the host, -1 after
-        a row's last. The caller takes them into the rows before it asks again, and stops when all have ended.
-        """
+        """Feed tokens [B] that stand at input_pos [B], and yield each step's ids [B, k+1] on the host, -1
+        after a row's last. The caller takes them into the rows before it asks again, and stops when all have
+        ended."""
         rows, device = self.rows, tokens.device
         history = self.history(tokens, input_pos)                                    # [B, L]
         end = torch.tensor([len(row.prompt) + row.limit - 1 for row in rows], device=device)
@@ -342,10 +348,10 @@ class Speculation:
             column = torch.arange(k + 1, device=device)
             history.scatter_(1, input_pos[:, None] + 1 + column, ids)
             tokens = ids.gather(1, accepted[:, None])[:, 0]
-            input_pos = torch.minimum(input_pos + 1 + accepted, end)     # a row that has ended waits for the others
+            input_pos = torch.minimum(input_pos + 1 + accepted, end)  # a row that has ended waits for the others
             had, (guesses, found) = found, self.guess_from_text(history, input_pos)
             ids = ids.masked_fill(column > accepted[:, None], -1)
-            host = torch.cat([ids, had[:, None], found[:, None]], 1).cpu()           # the one wait for the device
+            host = torch.cat([ids, had[:, None], found[:, None]], 1).cpu()     # the one wait for the device
             hopeful = bool(host[:, -1].any())
             self.count(k, host[running], time.perf_counter() - began)
             yield host[:, :k + 1]
@@ -402,7 +408,7 @@ def warm_up(speculation: Speculation, model: Transformer, steps: Steps, tokenize
     if speculation.draft is not None:
         make_room(speculation.draft, rows, length)
     speculation.pace = Pace(MOST if speculation.k == "auto" else speculation.k)
-    prompts = [[0] * PAD] * rows                                # repeats itself, so that look_up finds something
+    prompts = [[0] * PAD] * rows                                # repeats itself: look_up finds something
     for _ in range(2):                                          # the second time, CUDA records its graphs
         several = rows_for(model, tokenizer, prompts, 8, ignore_eos=True)
         for _ in generate_rows(model, several, Sampling(temperature=0), steps=steps, speculation=speculation):
@@ -412,8 +418,8 @@ def warm_up(speculation: Speculation, model: Transformer, steps: Steps, tokenize
 
 @torch.no_grad()
 def plain_step_seconds(model: Transformer, steps: Steps, rows: list[Row], settings: Sampling) -> float:
-    """What a step without speculation takes here and now: a few more, after the texts of rows, whose ids nobody
-    reads."""
+    """What a step without speculation takes here and now: a few are run after the rows' texts, and nobody
+    reads their ids."""
     device = model.norm.weight.device
     texts = [row.prompt + row.ids for row in rows]
     sampler = Sampler(settings, texts, model.args.vocab_size, device)
