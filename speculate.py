@@ -348,7 +348,7 @@ class Speculation:
             column = torch.arange(k + 1, device=device)
             history.scatter_(1, input_pos[:, None] + 1 + column, ids)
             tokens = ids.gather(1, accepted[:, None])[:, 0]
-            input_pos = torch.minimum(input_pos + 1 + accepted, end)  # a row that has ended waits for the others
+            input_pos = torch.minimum(input_pos + 1 + accepted, end)  # one that has ended waits for others
             had, (guesses, found) = found, self.guess_from_text(history, input_pos)
             ids = ids.masked_fill(column > accepted[:, None], -1)
             host = torch.cat([ids, had[:, None], found[:, None]], 1).cpu()     # the one wait for the device
