@@ -85,7 +85,7 @@ def token_probs(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tens
     logits = logits / max(s.temperature, 1e-5)
     k = s.top_k if 0 < s.top_k < logits.shape[-1] else 0
     if k:
-        logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
+        logits = torch.where(logits < logits.topk(k).values[:, -1:], -math.inf, logits)
     probs = logits.softmax(-1)
     if s.top_p < 1.0:
         values, ids = probs.topk(k) if k else probs.sort(descending=True)    # sorting k is far cheaper than V

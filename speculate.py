@@ -41,8 +41,12 @@ def draft(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor
     last."""
     B, T = tokens.shape
     last = torch.full((B, 1), T - 1, device=tokens.device)
-    with NarrowRows():
-        return model(tokens, input_pos, slots=key_pos.shape[0], logits_at=last)[:, 0]
+    return model(tokens, input_pos, slots=key_pos.shape[0], logits_at=last)[:, 0]
+
+
+def draft_narrow(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+    with NarrowRows():                  # only where it is compiled: eager, a written-out sum is slow
+        return draft(model, tokens, input_pos, key_pos)
 
 
 def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def compile_speculation() -> SpeculativeSteps:
     """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
     two of draft its one or two tokens, and how many guesses are accepted is data."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
-    return SpeculativeSteps(torch.compile(draft, fullgraph=True, mode=mode),
+    return SpeculativeSteps(torch.compile(draft_narrow, fullgraph=True, mode=mode),
                             torch.compile(verify, fullgraph=True, mode=mode))
 
 

@@ -184,11 +184,11 @@ def main():
         print(f"verify, {k + 1:2d} rows      {ratio:8.2f} x a one-row step")
     for name in ("greedy", "sampled"):
         ms = found[f"machinery_{name}_ms"]
-        print(f"machinery, {name:8s}  {ms:8.2f} ms   {100 * ms / found['decode_ms']:.1f} % of a one-row step, "
+        print(f"machinery, {name:8s}  {ms:8.2f} ms   {100 * ms / found['decode_ms']:.1f} % of decode, "
               f"k = {o.k}")
     if o.draft_config:
         print(f"with the draft       {found['speedup']:8.2f} x plain: {found['speculative_tok_s']:.1f} against "
-              f"{found['plain_tok_s']:.1f} tok/s, k = {o.k}, {found['tokens_per_step']:.2f} tokens a step")
+              f"{found['plain_tok_s']:.1f} tok/s, k = {o.k}, {found['tokens_per_step']:.2f} a step")
 
 
 if __name__ == "__main__":
