@@ -275,6 +275,11 @@ class Acceptance:
                 "tokens_per_step": (accepted + steps) / max(steps, 1)}
 
 
+def enough(key_pos: Tensor | None, model: Transformer, filled: int) -> Tensor:
+    """The attended positions, made anew only where the last ones do not reach."""
+    return key_pos if key_pos is not None and filled <= key_pos.shape[0] else attended(model, filled)
+
+
 class Speculation:
     """How to speculate, for generate_rows: with a draft model, or without one by looking the text up.
 
@@ -321,14 +326,15 @@ class Speculation:
         rows, device = self.rows, tokens.device
         history = self.history(tokens, input_pos)                                    # [B, L]
         end = torch.tensor([len(row.prompt) + row.limit - 1 for row in rows], device=device)
-        guesses, found = self.guess_from_text(history, input_pos)
-        hopeful, left_behind = bool(found.any()), False
+        chosen, key_pos, draft_key_pos, left_behind = self.pace.choose(), None, None, False
+        guesses, found = self.guess_from_text(history, input_pos, chosen)
+        hopeful = bool(found.any())
         while True:
             began = time.perf_counter()
             running = [r for r, row in enumerate(rows) if not row.finish_reason]
             filled = max(len(row.prompt) + len(row.ids) for row in rows)
-            k = self.pace.choose() if hopeful else 0
-            key_pos = attended(model, filled + k)
+            k = chosen if hopeful else 0
+            key_pos = enough(key_pos, model, filled + k)
             if k == 0:
                 if self.draft is None:
                     sampler.uniform(self.pace.most)     # a row's noise must not depend on other rows' finds
@@ -342,18 +348,20 @@ class Speculation:
                         self.catch_up(steps)
                         began = time.perf_counter()     # a step among others would not have had this to do
                     self.drafted = min(len(rows[r].prompt) + len(rows[r].ids) for r in running) - 2
+                    draft_key_pos = enough(draft_key_pos, self.draft, filled + k)
                     guesses, q = draft_tokens(self.draft, self.steps.draft, history, input_pos, k, sampler,
-                                              model.args.vocab_size, attended(self.draft, filled + k))
-                block = torch.cat([tokens[:, None], guesses[:, :k]], 1)              # [B, k+1]
+                                              model.args.vocab_size, draft_key_pos)
+                block = torch.cat([tokens[:, None], guesses], 1)              # [B, k+1]
                 at = input_pos[:, None] + torch.arange(k + 1, device=device)
                 logits = self.steps.verify(model, symbolic(block, 1), symbolic(at, 1), key_pos)
-                ids, accepted = verified(logits, guesses[:, :k], found, q, sampler)
+                ids, accepted = verified(logits, guesses, found, q, sampler)
             left_behind = k == 0
             column = torch.arange(k + 1, device=device)
             history.scatter_(1, input_pos[:, None] + 1 + column, ids)
             tokens = ids.gather(1, accepted[:, None])[:, 0]
             input_pos = torch.minimum(input_pos + 1 + accepted, end)  # one that has ended waits for others
-            had, (guesses, found) = found, self.guess_from_text(history, input_pos)
+            chosen = self.pace.choose()
+            had, (guesses, found) = found, self.guess_from_text(history, input_pos, chosen)
             ids = ids.masked_fill(column > accepted[:, None], -1)
             host = torch.cat([ids, had[:, None], found[:, None]], 1).cpu()     # the one wait for the device
             hopeful = bool(host[:, -1].any())
@@ -366,11 +374,11 @@ class Speculation:
         text = [row.prompt + [0] * (width - len(row.prompt)) for row in self.rows]
         return torch.tensor(text, device=tokens.device).scatter_(1, input_pos[:, None], tokens[:, None])
 
-    def guess_from_text(self, history: Tensor, input_pos: Tensor) -> tuple[Tensor | None, Tensor]:
-        """look_up's guesses and finds; a draft model always finds something."""
-        if self.draft is None:
-            return look_up(history, input_pos, self.ngram, self.pace.most)
-        return None, torch.ones_like(input_pos, dtype=torch.bool)
+    def guess_from_text(self, history: Tensor, input_pos: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
+        """look_up's guesses and finds; a draft model always finds something. k = 0: nobody wants them."""
+        if self.draft is None and k:
+            return look_up(history, input_pos, self.ngram, k)
+        return None, torch.full_like(input_pos, k > 0, dtype=torch.bool)
 
     def count(self, k: int, host: Tensor, seconds: float):
         """Keep account of a step with k guesses: of its rows' ids, whether they had guesses, whether they
