@@ -21,6 +21,9 @@ from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Step
                       probe_bandwidth, rows_for, run_prefill)
 from model import Transformer
 from quantize import describe
+from speculate import (MOST, Acceptance, Speculation, SpeculativeSteps, check_same_tokens,
+                       compile_speculation, plain_step_seconds)
+from speculate import warm_up as warm_up_speculation
 from tokenizer import Tokenizer
 
 
@@ -38,6 +41,13 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
     return value
+
+
+def guesses(text: str) -> int | str:
+    if text != "auto" and not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not in 1 ... {MOST}, the tokens for which the cache has "
+                                         "room behind the text, nor auto")
+    return text if text == "auto" else int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +83,14 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--compile", action="store_true", help="compile the one-token step (some seconds to a minute, once)")
     add("--compile_prefill", action="store_true", help="compile the prompt's step too")
+    add("--draft_checkpoint_path", metavar="PATH",
+        help="a smaller model with the same tokenizer: it guesses, the model checks several tokens a step")
+    add("--prompt_lookup", action="store_true",
+        help="guess without a draft: copy what followed the last tokens where they stood before")
+    add("--speculate_k", type=guesses, metavar="K",
+        help=f"tokens to guess a step, 1 to {MOST}, or auto: as many as pay, perhaps none; default: 4")
+    add("--lookup_ngram", type=positive, metavar="N",
+        help="longest run of tokens that is looked up; default: 3")
     add("--profile", metavar="FILE", help="write a trace of the last sample for chrome://tracing")
     add("--json", action="store_true",
         help="print one JSON object with texts and figures instead of the text")
@@ -138,7 +156,31 @@ def sampling_flags(o: argparse.Namespace, sample: int = 0) -> dict:
 
 # ---- one run -----------------------------------------------------------------------------------------------
 
-def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
+def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
+    """What the flags ask for: a Speculation, or None."""
+    if not (o.draft_checkpoint_path or o.prompt_lookup):
+        return None
+    draft = None
+    if o.draft_checkpoint_path:
+        draft, draft_tokenizer = load_model(o.draft_checkpoint_path, model.norm.weight.device, o.dtype,
+                                            trust_architecture=o.trust_architecture)
+        check_same_tokens(tokenizer, draft_tokenizer)
+        ours, theirs = bytes_per_token(model), bytes_per_token(draft)
+        say(o, f"draft {o.draft_checkpoint_path}: {theirs / 1e6:.1f} MB a token beside the model's "
+               f"{ours / 1e6:.1f}")
+        if theirs >= ours:
+            say(o, f"note: the draft reads {theirs / 1e6:.1f} MB a token, the model {ours / 1e6:.1f}; only a "
+                   "smaller draft saves time")
+        if draft.limit < model.limit:
+            say(o, f"note: the draft was trained for {draft.limit} tokens, the model may hold {model.limit}; "
+                   "beyond, it guesses badly, and the text stays right")
+        report["draft"] = o.draft_checkpoint_path
+    steps = compile_speculation() if o.compile else SpeculativeSteps()
+    return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
+
+
+def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer: Tokenizer,
+            speculation) -> float:
     """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots
     symbolic."""
     if steps == EAGER:
@@ -152,10 +194,12 @@ def warm_up(model: Transformer, steps: Steps, rows: int, length: int) -> float:
             run_prefill(model, steps, [[0] * PAD] * rows)
             for _ in decode_n_tokens(model, steps, zeros, zeros, 1, 2, greedy):
                 pass
+    if speculation:
+        warm_up_speculation(speculation, model, steps, tokenizer, rows, length)
     return time.perf_counter() - began
 
 
-def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
+def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, speculation, report: dict):
     """Answer the prompts num_samples times, streaming when there is but one row, and report each run."""
     prompts = read_prompts(o, tokenizer, model.args.vocab_size)
     new = o.max_new_tokens
@@ -164,7 +208,8 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         new = max(min(256, model.limit - longest), 1)
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
-    report["compile_s"] = warm_up(model, steps, len(rows), max(len(row.prompt) for row in rows) + new)
+    length = max(len(row.prompt) for row in rows) + new
+    report["compile_s"] = warm_up(model, steps, len(rows), length, tokenizer, speculation)
     single = len(rows) == 1 and not o.json
     if single and sys.stdout.isatty() and sys.stderr.isatty() and isinstance(prompts[0], str):
         print(prompts[0], end="", file=sys.stderr, flush=True)      # so that a person reads the whole text
@@ -174,12 +219,15 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         if sample:
             rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
         with tracing(o.profile if sample == o.num_samples - 1 else None, model):
-            for _, piece in generate_rows(model, rows, settings, steps=steps, figures=figures):
+            for _, piece in generate_rows(model, rows, settings, steps=steps, figures=figures,
+                                          speculation=speculation):
                 if single:
                     print(piece, end="", flush=True)
         if not o.json:
             print(*([] if single else [row.text for row in rows]), sep="\n", flush=True)
-        report_run(o, model, report, rows, settings, figures)
+        report_run(o, model, report, rows, settings, figures, speculation)
+        if speculation:
+            report_speculation(o, model, steps, speculation, report, rows, settings, figures)
         finished += rows
         total = Figures(**{k: v + getattr(total, k) for k, v in asdict(figures).items()})
     if o.json:
@@ -203,12 +251,16 @@ def rate(count: float, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
 
-def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures):
+def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: Sampling, f: Figures,
+               speculation: Speculation | None = None):
     """One line of figures. Bandwidth: the bytes all steps read, over the decode time, beside what the
     machine reads."""
     steps = max((len(row.ids) for row in rows), default=1) - 1
     report["bytes_per_token"] = bytes_per_token(model)
-    report["bandwidth_gbs"] = rate(report["bytes_per_token"] * steps, f.decode_s) / 1e9
+    read = report["bytes_per_token"] * (speculation.acceptance.model_steps if speculation else steps)
+    if speculation and speculation.draft is not None:
+        read += bytes_per_token(speculation.draft) * speculation.acceptance.draft_steps
+    report["bandwidth_gbs"] = rate(read, f.decode_s) / 1e9
     if (o.json or not o.quiet) and "bandwidth_probe_gbs" not in report:
         report["bandwidth_probe_gbs"] = probe_bandwidth(model.norm.weight.device) / 1e9
     if report.get("compile_s"):
@@ -223,8 +275,28 @@ def report_run(o, model: Transformer, report: dict, rows: list[Row], settings: S
            f"{', '.join(sorted({row.finish_reason for row in rows}))}")
 
 
+def report_speculation(o, model: Transformer, steps: Steps, speculation: Speculation, report: dict,
+                       rows: list[Row], settings: Sampling, f: Figures):
+    """A line on what speculation brought; report["acceptance"] and ["speedup"] sum up all samples. The
+    speed-up compares with plain steps timed now, behind the text, so that both see the same machine."""
+    report.setdefault("acceptances", Acceptance()).add(speculation.acceptance)
+    report["acceptance"] = report["acceptances"].figures()
+    if f.decode_s and (o.json or not o.quiet):
+        plain = plain_step_seconds(model, steps, rows, settings) * (max(len(row.ids) for row in rows) - 1)
+        times = report.setdefault("speculation_times", [0.0, 0.0])
+        times[:] = times[0] + plain, times[1] + f.decode_s
+        report["speedup"] = rate(*times)
+    a = speculation.acceptance.figures()
+    say(o, f"speculation: {a['tokens_per_step']:.2f} tokens a step; of {sum(a['histogram'])} blocks "
+           f"{', '.join(f'{count} accepted {n}' for n, count in enumerate(a['histogram']))}, "
+           f"{a['mean']:.2f} on average, {100 * a['rate']:.0f} % of what was guessed; "
+           f"{a['plain_steps']} plain steps; "
+           f"{report.get('speedup', 0):.2f} x the speed of plain steps timed after the text")
+
+
 def summary(model: Transformer, report: dict, rows: list[Row], f: Figures, settings: Sampling) -> dict:
     """The object that --json prints; keys are stable, numbers are numbers."""
+    report = {key: value for key, value in report.items() if key not in ("acceptances", "speculation_times")}
     return report | asdict(settings) | {
         "prompt_tokens": f.prompt_tokens, "prefill_s": f.prefill_s,
         "prefill_tok_s": rate(f.prompt_tokens, f.prefill_s),
@@ -255,13 +327,13 @@ def read_turn() -> str:
             return "\n".join(lines)
 
 
-def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, report: dict):
+def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, speculation, report: dict):
     """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that
     differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
     the conversation."""
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
-    report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD)
+    report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD, tokenizer, speculation)
     say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or the input's end "
            "ends it.")
     messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache
@@ -288,22 +360,26 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, re
         except ValueError as error:              # too long, or the template refuses: the conversation goes on
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
-        held = answer(o, model, row, steps, min(common_prefix(held, ids), len(ids) - 1), report)
+        held = answer(o, model, row, steps, min(common_prefix(held, ids), len(ids) - 1), speculation, report)
         messages = [*asked, {"role": "assistant", "content": row.text}] if o.chat else []
 
 
-def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, report: dict) -> list[int]:
+def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculation,
+           report: dict) -> list[int]:
     """Print one answer; return the ids that the cache holds afterwards."""
     figures, settings = Figures(), Sampling.of(model, **sampling_flags(o))
     try:
-        pieces = generate_rows(model, [row], settings, steps=steps, cached=cached, figures=figures)
+        pieces = generate_rows(model, [row], settings, steps=steps, cached=cached, figures=figures,
+                               speculation=speculation)
         with closing(pieces):
             for _, piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         row.finish_reason = "interrupted"
     print(flush=True)
-    report_run(o, model, report, [row], settings, figures)
+    report_run(o, model, report, [row], settings, figures, speculation)
+    if speculation:
+        report_speculation(o, model, steps, speculation, report, [row], settings, figures)
     return row.prompt + row.ids[:-1] if row.ids else row.prompt[:cached]    # the last id was never fed
 
 
@@ -326,14 +402,15 @@ def run(o: argparse.Namespace):
     say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, "
            f"{report['quant'] + ' and ' if report['quant'] else ''}{report['dtype']} on {weight.device}, "
            f"loaded in {report['load_s']:.2f} s")
+    speculation = load_speculation(o, model, tokenizer, report)
     if o.chat and tokenizer.chat_template is None:
         say(o, "note: this model has no chat template; messages go in as plain text")
     elif tokenizer.chat_template is not None and not (o.chat or o.interactive):
         say(o, "note: this model has a chat template; --chat uses it")
     if o.interactive or (o.chat and not o.prompt and not o.prompt_file):
-        converse(o, model, tokenizer, report)
+        converse(o, model, tokenizer, speculation, report)
     else:
-        run_prompts(o, model, tokenizer, report)
+        run_prompts(o, model, tokenizer, speculation, report)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -347,6 +424,12 @@ def main(argv: list[str] | None = None) -> int:
         p.error(str(error))
     if {"", "0"} & set(o.prompt):
         p.error("the prompt is empty; give some text, or a number of synthetic tokens from 1 on")
+    if o.draft_checkpoint_path and o.prompt_lookup:
+        p.error("--draft_checkpoint_path and --prompt_lookup both guess; give one of them")
+    if o.speculate_k and not (o.draft_checkpoint_path or o.prompt_lookup):
+        p.error("--speculate_k needs --draft_checkpoint_path or --prompt_lookup to guess with")
+    if o.lookup_ngram and not o.prompt_lookup:
+        p.error("--lookup_ngram belongs to --prompt_lookup")
     try:
         run(o)
     except torch.OutOfMemoryError as error:

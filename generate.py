@@ -86,7 +86,7 @@ def token_probs(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tens
     logits = logits / max(s.temperature, 1e-5)
     k = s.top_k if 0 < s.top_k < logits.shape[-1] else 0
     if k:
-        logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
+        logits = torch.where(logits < logits.topk(k).values[:, -1:], -math.inf, logits)
     probs = logits.softmax(-1)
     if s.top_p < 1.0:
         values, ids = probs.topk(k) if k else probs.sort(descending=True)    # sorting k is far cheaper than V
@@ -112,20 +112,28 @@ class Sampler:
                 self.seen[row, torch.tensor(prompt, device=device)] = True
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] -> ids [B]. argmax of p / Exp(1) draws from p without a host sync (the Gumbel-max
+        """Logits [B, V] -> ids [B], without a host sync: argmax of p / Exp(1) draws from p (the Gumbel-max
         trick)."""
         if self.settings.temperature == 0 and self.seen is None:
             return logits.argmax(-1)
-        probs = token_probs(logits, self.settings, self.seen)
-        if self.settings.temperature > 0:
-            noise = torch.empty_like(probs)
-            for row, generator in zip(noise, self.generators):
-                row.uniform_(generator=generator)       # [0, 1): the log is never 0. exponential_ takes 6 x as long
-            probs = probs / noise.log_().neg_()
-        ids = probs.argmax(-1)
+        ids = self.draw(token_probs(logits, self.settings, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         return ids
+
+    def draw(self, weights: Tensor) -> Tensor:
+        """Weights [B, V] -> ids [B], each as likely as its share of its row's weights."""
+        if self.settings.temperature == 0:
+            return weights.argmax(-1)
+        exponential = self.uniform(weights.shape[1]).log_().neg_()         # exponential_ takes 6 x as long
+        return (weights / exponential).argmax(-1)
+
+    def uniform(self, n: int) -> Tensor:
+        """Numbers [B, n] in [0, 1), so that no log of theirs is 0; each row's from its own generator."""
+        numbers = torch.empty(len(self.generators), n, device=self.generators[0].device)
+        for row, generator in zip(numbers, self.generators):
+            row.uniform_(generator=generator)
+        return numbers
 
 
 # ---- steps: what is compiled -------------------------------------------------------------------------------
@@ -334,9 +342,10 @@ class Figures:
 
 @torch.no_grad()
 def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, steps: Steps = EAGER,
-                  cached: int = 0, figures: Figures | None = None) -> Iterator[tuple[int, str]]:
+                  cached: int = 0, figures: Figures | None = None,
+                  speculation=None) -> Iterator[tuple[int, str]]:
     """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to
-    reuse.
+    reuse. `speculation`: a speculate.Speculation, which then decodes, several tokens a step.
 
     The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device never
     waits for it; what was computed past the last row's end is thrown away.
@@ -353,18 +362,24 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     began = time.perf_counter()
     sampler = Sampler(settings, prompts, model.args.vocab_size, device)
     logits = run_prefill(model, steps, prompts, cached)
+    if speculation:
+        speculation.prefill(model, steps, rows, cached)
     logits[0, 0].item()                                                         # wait: prefill is timed alone
     figures.prefill_s = time.perf_counter() - began
     figures.prompt_tokens = sum(len(p) - cached for p in prompts)
     tokens = sampler(logits)
     positions = torch.tensor([len(p) for p in prompts], device=device)
-    decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
-    block, interval = [tokens], 1 if device.type == "cpu" else 8
+    if speculation:
+        decoder, interval = speculation.decode(model, steps, tokens, positions, sampler), 1
+    else:
+        decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
+        interval = 1 if device.type == "cpu" else 8
+    block = [tokens]
     while block:
-        host_ids = torch.stack(block).tolist()                                   # the one wait for the device
+        by_row = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()  # the one wait for the device
         elapsed, before = time.perf_counter() - began, figures.new_tokens
-        for ids in host_ids:
-            running = [r for r, row in enumerate(rows) if not row.finish_reason]
+        for ids in zip(*by_row):                              # a column; -1 where a row's block is shorter
+            running = [r for r, row in enumerate(rows) if not row.finish_reason and ids[r] >= 0]
             figures.new_tokens += len(running)
             for r in running:
                 yield r, rows[r].take(ids[r])
@@ -429,22 +444,25 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
 
 
 def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], *, max_new_tokens: int = 256,
-           stop=(), ignore_eos: bool = False, steps: Steps = EAGER, **sampling) -> Iterator[str]:
+           stop=(), ignore_eos: bool = False, steps: Steps = EAGER, speculation=None,
+           **sampling) -> Iterator[str]:
     """Yield the text that follows a prompt, piece by piece, as it is computed. sampling: the fields of
     `Sampling`."""
     rows = rows_for(model, tokenizer, [prompt], max_new_tokens, stop, ignore_eos)
-    for _, piece in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps):
+    for _, piece in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps,
+                                  speculation=speculation):
         if piece:
             yield piece
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: list, *, max_new_tokens: int = 256, stop=(),
              ignore_eos: bool = False, steps: Steps = EAGER, figures: Figures | None = None,
-             **sampling) -> list[Row]:
+             speculation=None, **sampling) -> list[Row]:
     """Run prompts of any lengths as one batch; each row comes back with its ids, text and finish_reason."""
     rows = rows_for(model, tokenizer, prompts, max_new_tokens, stop, ignore_eos)
     if rows:
-        for _ in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps, figures=figures):
+        for _ in generate_rows(model, rows, Sampling.of(model, **sampling), steps=steps, figures=figures,
+                               speculation=speculation):
             pass
     return rows
 
