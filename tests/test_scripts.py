@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -212,3 +213,15 @@ def test_prepare_stops_at_the_first_failure(hub, tmp_path):
     done = run("bash", ROOT / "scripts" / "prepare.sh", "no/such", **hub)
     assert done.returncode == 1 and "no repository" in done.stderr and "Traceback" not in done.stderr
     assert run("bash", ROOT / "scripts" / "prepare.sh").returncode == 2
+
+
+# ---- the whole way ---------------------------------------------------------------------------------------------
+
+def test_flow_runs_on_the_bundled_model():
+    """convert, quantize, generate and eval, each reading what the one before wrote; nothing is left behind."""
+    before = sorted((ROOT / "checkpoints" / "stories").iterdir())
+    done = run("bash", ROOT / "scripts" / "test_flow.sh", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    figures = dict(re.findall(r"perplexity ([\d.]+).* (bfloat16|int8|int4.g32),", done.stdout))
+    assert len(figures) == 4 and max(map(float, figures)) < 1.05 * min(map(float, figures))
+    assert sorted((ROOT / "checkpoints" / "stories").iterdir()) == before
