@@ -194,9 +194,8 @@ class Pace:
     """Chooses k before each step. A fixed k stays; "auto" maximizes the tokens a second to be expected.
 
     With a the share of guesses accepted, k guesses bring (1 - a^(k+1)) / (1 - a) tokens. Their seconds are a
-    line through the medians of the last steps' at each k. Where plain decoding is expected to be faster,
-    guessing rests for 16 plain steps, and after a failed trial for 32, ... 256; a trial whose guesses all
-    stand shortens the rest.
+    line through the medians of the last steps' at each k. Where plain decoding is expected to be as fast,
+    guessing rests for 16 plain steps, and if three trials then do not change that, for 32, ... 512.
     """
 
     def __init__(self, k: int | str):
@@ -212,13 +211,16 @@ class Pace:
             return self.fixed
         if self.trials:
             return self.trials.pop(0)
-        best = max((0, *CHOICES), key=self.worth)
+        best = max(CHOICES, key=self.worth)
+        if self.worth(best) < 1.05 * self.worth(0):
+            best = 0
         self.since += 1
         if best and self.since > 64:                            # times drift on a shared machine
-            self.since, self.trials = 0, [1, 4]
+            self.since, self.rest, self.trials = 0, 16, [1, 4]
             return 0
         if best == 0 and self.since > self.rest:
-            self.since, self.rest = 0, min(2 * self.rest, 256)
+            self.since, self.rest, self.trials = 0, min(2 * self.rest, 512), [2, 2]
+            self.accepted, self.tried = 0.1 * self.accepted, 0.1 * self.tried       # another passage of the text
             return 2
         return best
 
@@ -245,8 +247,6 @@ class Pace:
         for n in accepted if k else ():
             self.accepted = 0.95 * self.accepted + n
             self.tried = 0.95 * self.tried + n + (n < k)
-            if n == k:
-                self.rest = 4
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------

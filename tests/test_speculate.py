@@ -1,11 +1,15 @@
 """Speculation: the text is the plain one's, or distributed as it is; what is counted is what happened."""
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import cli
 import generate as g
 import speculate as s
 from generate import Figures, Sampling, generate, stream, token_probs
@@ -422,3 +426,34 @@ def test_python_callers_get_the_sentence_too():
     for bad in (dict(k=0), dict(k=17), dict(ngram=0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Speculation(None, **bad)
+
+
+# ---- scripts ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").glob("speculate_*.sh")))
+def test_scripts_run_or_parse(name, tmp_path):
+    """A script whose flags have changed: the bundled pair's runs, the others' arguments are read by the parser."""
+    arguments = tmp_path / "arguments"
+    echo = tmp_path / "echo.sh"
+    echo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {arguments}\n')
+    echo.chmod(0o755)
+    with_echo = {**os.environ, "PYTHON": str(echo), "TORCHRUN": str(echo)}
+    bundled = name == "speculate_stories.sh"
+    environment = {**os.environ, "PYTHON": sys.executable} if bundled else with_echo
+    done = subprocess.run(["bash", str(ROOT / "scripts" / name), "--max_new_tokens", "8", "--quiet"], env=environment,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and bool(done.stdout) == bundled, done.stderr
+    if not bundled:
+        words = arguments.read_text().splitlines()
+        given = cli.parser().parse_args(words[words.index(str(ROOT / "generate.py")) + 1:])
+        assert given.draft_checkpoint_path and given.speculate_k and given.compile
+
+
+def test_the_benchmark_runs():
+    """A benchmark that nobody has run since the last change."""
+    command = ["scripts/benchmark_speculate.py", "--config", "scripts/shapes/stories15m.json", "--rounds", "1", "--json",
+               "--draft_config", "scripts/shapes/stories15m.json", "--new_tokens", "12", "--text_rounds", "1"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = json.loads(done.stdout)
+    assert found["speedup"] > 0 and found["verify_over_decode"]["4"] > 0 and 1 <= found["tokens_per_step"] <= 5
