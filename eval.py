@@ -20,6 +20,7 @@ from torch import Tensor
 
 from generate import (BUNDLED, EAGER, PAD, Sampling, attended, compile_steps, generate_rows, load_model, make_room,
                       rows_for, symbolic)
+from gptq import document
 from model import Transformer
 from quantize import describe
 from tokenizer import Tokenizer
@@ -88,19 +89,22 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> list[tuple[list[int
     return [(ids[i:i + length], len(ids[i:i + length]) - 1) for i in range(0, len(ids) - 1, length - 1)]
 
 
-def perplexity(model: Transformer, tokenizer: Tokenizer, text: str, *, length: int = 0, **options) -> dict:
-    """Nats over all tokens, divided once. options: as `score`'s. Raises ValueError for an empty text."""
+def perplexity(model: Transformer, tokenizer: Tokenizer, text: str | list[str], *, length: int = 0,
+               **options) -> dict:
+    """Nats over all tokens of a text, or of several that do not see each other, divided once. options: as
+    `score`'s. Raises ValueError where there is nothing to predict."""
     length = length or min(model.limit, 2048)
     if length < 2:
         raise ValueError(f"max_seq_length is {length}; a window needs 2 tokens or more")
-    texts = windows(tokenizer, text, length)
-    tokens = sum(n for _, n in texts)
+    documents = [text] if isinstance(text, str) else text
+    texts = [window for document in documents for window in windows(tokenizer, document, length)]
+    tokens, nbytes = sum(n for _, n in texts), sum(len(document.encode()) for document in documents)
     if not tokens:
         raise ValueError("the text is too short: it has no token to predict")
     nats = -math.fsum(logp for logp, _ in score(model, texts, **options))
-    return {"perplexity": math.exp(nats / tokens), "nats": nats, "tokens": tokens, "bytes": len(text.encode()),
-            "nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / len(text.encode()),
-            "windows": len(texts), "window_length": length, "bos_per_window": tokenizer.bos_id is not None}
+    return {"perplexity": math.exp(nats / tokens), "nats": nats, "tokens": tokens, "bytes": nbytes,
+            "nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / nbytes,
+            "documents": len(documents), "windows": len(texts), "window_length": length, "bos_per_window": tokenizer.bos_id is not None}
 
 
 # ---- lm-eval -----------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Perplexity of a text file, or lm-eval's tasks.")
     add = p.add_argument
     add("--checkpoint_path", default=str(BUNDLED), help="a folder, a file or a hub id; default: the bundled model")
-    add("--perplexity", metavar="FILE", help="a text in UTF-8")
+    add("--perplexity", metavar="FILE", help="a text in UTF-8, read as one; or .jsonl, a document with a \"text\" in each line")
     add("--tasks", nargs="+", default=[], help="of lm-eval: hellaswag, winogrande, wikitext, ...")
     add("--include_path", help="a folder with task files of your own")
     add("--limit", type=float, help="documents of each task; below 1: a share")
@@ -273,11 +277,15 @@ def run(o: argparse.Namespace):
     print(json.dumps(report, default=str) if o.json else readable(report, found if o.tasks else None))
 
 
-def read_text(path: str) -> str:
+def read_text(path: str) -> str | list[str]:
+    """A text, or the documents of a .jsonl file."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8: byte {error.start} is not text; convert it first") from None
+    if not path.endswith(".jsonl"):
+        return text
+    return [document(line, path, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def readable(report: dict, tasks: dict | None) -> str:
@@ -285,8 +293,8 @@ def readable(report: dict, tasks: dict | None) -> str:
     if "perplexity" in report:
         begin = "BOS" if report["bos_per_window"] else "the token before"
         lines.append(f"{report['file']}: perplexity {report['perplexity']:.4f}, {report['bits_per_byte']:.4f} bits per "
-                     f"byte, {report['nats']:.2f} nats over {report['tokens']:,} tokens ({report['bytes']:,} bytes) in "
-                     f"{report['windows']} windows of {report['window_length']}, {begin} first; "
+                     f"byte, {report['nats']:.2f} nats over {report['tokens']:,} tokens ({report['bytes']:,} bytes, "
+                     f"{report['documents']} documents) in {report['windows']} windows of at most {report['window_length']}, {begin} first; "
                      f"{report['quant'] or report['dtype']}, {report['seconds']:.1f} s")
     if tasks:
         from lm_eval.utils import make_table

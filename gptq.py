@@ -223,4 +223,4 @@ def document(line: str, path, number: int) -> str:
     try:
         return json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"calibration_file '{path}', line {number}: not an object with a \"text\"") from None
+        raise ValueError(f"'{path}', line {number}: not an object with a \"text\"") from None

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import cpu
 
 GROUPSIZES = (32, 64, 128, 256)
-CHUNK = 1 << 24                         # weights rounded at a time: the float32 copies stay under 100 MB
+CHUNK = 1 << 20                         # weights rounded at a time: the float32 copies stay at some 20 MB
 STOCK_ROWS = {8: 8, 4: 16}              # PyTorch's packed operators are slower than bfloat16 above so many rows
 
 
@@ -148,9 +148,8 @@ class QuantizedLinear(nn.Module):
         """Round w [N, K] to the nearest value its group can hold: off by half a step at most."""
         layer = cls(weight.shape[1], weight.shape[0], groupsize, device=weight.device, **cls.options | options)
         for at in range(0, len(weight), step := max(1, CHUNK // weight.shape[1])):
-            rows = slice(at, at + step)
-            scales, zeros = cls.grid(by_group(weight[rows].float(), layer.groupsize))
-            layer.set_rows(rows, weight[rows].float(), scales, zeros)
+            w = weight[at:at + step].float()
+            layer.set_rows(slice(at, at + step), w, *cls.grid(by_group(w, layer.groupsize)))
         return layer
 
     def set_rows(self, rows: slice, w: Tensor, scales: Tensor, zeros: Tensor):

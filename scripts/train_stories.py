@@ -450,6 +450,7 @@ def parse_args() -> argparse.Namespace:
     add("--init", type=Path, help="folder of a model to go on from; its sizes and its tokenizer are used")
     add("--teacher", type=Path, help="folder of a model to learn from as well; its tokenizer is used")
     add("--teacher_weight", type=float, default=0.5, help="share of the loss that is the teacher's")
+    add("--split_only", action="store_true", help="only write what is trained on and what is held out, as .jsonl")
     add("--compare", type=Path, nargs="*", default=[], help="folders of models to judge on the same held-out stories")
     add("--vocab_size", type=int, default=2048, help="sentencepiece pieces")
     add("--context", type=int, default=512, help="tokens; the few longer stories are cut")
@@ -478,6 +479,11 @@ def main():
         dist.init_process_group("gloo")
     first = not dist.is_initialized() or dist.get_rank() == 0
     train_stories, held_out = split_held_out(read_stories(args.data, talk=first))
+    if args.split_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, stories in (("train", train_stories), ("held_out", held_out)):
+            (args.out / f"{name}.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories))
+        return
     if not held_out:
         sys.exit(f"error: too few stories in {args.data}; a hundred or more are needed")
 

@@ -122,6 +122,19 @@ def test_the_command():
     assert f"perplexity {found['perplexity']:.4f}" in line.stdout and line.stderr == ""
 
 
+def test_documents_do_not_see_each_other(tmp_path, capsys):
+    stories = [s for s in HELD_OUT.read_text().split("\n") if len(s) > 60][:5]
+    file = tmp_path / "s.jsonl"
+    file.write_text("".join(json.dumps({"text": s}) + "\n" for s in stories))
+    assert evaluation.main(["--perplexity", str(file), "--json", "--quiet", "--dtype", "float32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    nats, tokens = by_transformers(STORIES, stories, 512)
+    assert found["documents"] == 5 and found["tokens"] == tokens and abs(found["nats"] / nats - 1) < 1e-5
+    file.write_text("[1]\n")
+    assert evaluation.main(["--perplexity", str(file)]) == 2
+    assert "line 1: not an object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, code, sentence", [
     ([], 2, "nothing to do"),
     (["--perplexity", "nowhere.txt"], 1, "nowhere.txt"),

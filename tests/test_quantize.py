@@ -398,7 +398,7 @@ def test_peak_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     output = (tmp_path / "model_int8.safetensors").stat().st_size
-    assert int(done.stdout.split()[-1]) < 1.2 * output + 30e6        # 30 MB: rows in float32 and torch's own
+    assert int(done.stdout.split()[-1]) < 1.2 * output + 40e6        # 40 MB: rows in float32 and torch's own
 
 
 def test_interrupted_nothing_is_half_written(stories, tmp_path, monkeypatch):
