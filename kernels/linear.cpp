@@ -110,7 +110,7 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
     if (R <= 4) {
 #pragma GCC unroll 8
-      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 4096 + line);
+      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 8192 + line);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
@@ -146,7 +146,7 @@ struct Groups {
 // y [R][32] (+)= x [K / 2][R][2] times a panel.
 template <class W, class X, int R>
 void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add) {
-  constexpr int C = R == 1 ? 4 : R <= 3 ? 2 : 1;
+  constexpr int C = R <= 3 ? 2 : 1;
   floats total[R][2] = {};
   if (add)
     for (int r = 0; r < R; r++)
@@ -183,12 +183,17 @@ void multiply_rows(int rows, std::integer_sequence<int, R...>, const uint8_t* w,
 
 // ---- panels -------------------------------------------------------------------------------------------------------
 
-// `n` scales or zero points as floats, whatever they are stored as.
-void to_floats(const at::Tensor& t, int64_t first, int64_t n, float* out) {
-  if (t.scalar_type() == at::kFloat) std::copy_n(t.const_data_ptr<float>() + first, n, out);
-  if (t.scalar_type() == at::kBFloat16) std::copy_n(t.const_data_ptr<at::BFloat16>() + first, n, out);
-  if (t.scalar_type() == at::kHalf) std::copy_n(t.const_data_ptr<at::Half>() + first, n, out);
-  if (t.scalar_type() == at::kChar) std::copy_n(t.const_data_ptr<int8_t>() + first, n, out);
+// Panel `index` of scales or offsets, n numbers, as floats. The next panel's are fetched meanwhile: it begins with them.
+void to_floats(const at::Tensor& t, int64_t index, int64_t n, std::vector<float>& out) {
+  const int64_t nbytes = n * t.element_size();
+  const char* from = (const char*)t.const_data_ptr() + index * nbytes;
+  out.resize(n);
+  if (t.scalar_type() == at::kFloat) std::copy_n((const float*)from, n, out.data());
+  if (t.scalar_type() == at::kBFloat16) std::copy_n((const at::BFloat16*)from, n, out.data());
+  if (t.scalar_type() == at::kHalf) std::copy_n((const at::Half*)from, n, out.data());
+  if (t.scalar_type() == at::kChar)
+    for (int64_t i = 0; i < n; i += 16) write(out.data() + i, to_float(read<bytes>(from + i)));
+  for (int64_t line = 0; line < nbytes; line += 64) __builtin_prefetch(from + nbytes + line);
 }
 
 // Units of a panel as bfloat16, scaled: what the dequantized weight would be.
@@ -234,13 +239,11 @@ void panel(const Product& p, int64_t index, const X* x, Scratch& s) {
   const uint8_t* w = p.w + index * units * 2 * W::HALF;
   Groups g{count, p.group ? p.group / UNIT : units, units, nullptr, nullptr, nullptr};
   if (p.group) {
-    s.scale.resize(count * PANEL);
-    to_floats(p.scales, index * count * PANEL, count * PANEL, s.scale.data());
+    to_floats(p.scales, index, count * PANEL, s.scale);
     g.scale = s.scale.data();
   }
   if (p.group && p.offsets.defined()) {
-    s.offset.resize(count * PANEL);
-    to_floats(p.offsets, index * count * PANEL, count * PANEL, s.offset.data());
+    to_floats(p.offsets, index, count * PANEL, s.offset);
     g.offset = s.offset.data();
   }
   const bool once = p.M > DIRECT && p.group && std::is_same_v<X, at::BFloat16>;
