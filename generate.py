@@ -150,10 +150,16 @@ def decode(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tenso
 
 
 class NarrowRows(TorchFunctionMode):
-    """While `decode` is traced for a CPU: one row times a narrow matrix as a written-out sum, which the compiler turns
-    into its own loop. PyTorch's kernel takes up to twice as long on rows of a few hundred; on wide ones it is best."""
+    """While `decode` is traced for a CPU: few rows times a matrix as a written-out sum, which the compiler turns into
+    its own loop. PyTorch's kernels take up to twice as long on a linear of a few hundred inputs (on wide ones they are
+    best), and several times as long on attention's products, in which they find a handful of rows a head."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.matmul and args[0].device.type == "cpu" and args[0].shape[-2] <= 128:
+            a, b = args[0].float(), args[1].float()                                  # [..., n, k], [..., k, m]
+            if b.stride(-1) == 1:
+                return (a[..., None] * b[..., None, :, :]).sum(-2).to(args[0].dtype)
+            return (a[..., None, :] * b.mT[..., None, :, :]).sum(-1).to(args[0].dtype)
         if function is torch.nn.functional.linear and len(args) > 1 and not kwargs:
             x, weight, bias = (*args, None)[:3]
             if x.numel() == x.shape[-1] <= 1024 and weight.device.type == "cpu" and weight.is_floating_point():
@@ -195,11 +201,11 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
 
 
 @contextmanager
-def one_row_matmul(rows: int, device: torch.device):
+def one_row_matmul(model: Transformer, rows: int):
     """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
-    faster."""
+    faster. Packed weights need neither."""
     before = torch.backends.mkldnn.enabled
-    if rows == 1 and device.type == "cpu":
+    if rows == 1 and isinstance(model.layers[0].attention.wo, torch.nn.Linear):
         torch.backends.mkldnn.enabled = False
     try:
         yield
@@ -280,7 +286,7 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
     for i in range(n):
         if filled + i > key_pos.shape[0]:
             key_pos = attended(model, filled + i)
-        with one_row_matmul(len(tokens), tokens.device):
+        with one_row_matmul(model, len(tokens)):
             logits = steps.decode(model, tokens[:, None], (input_pos + i)[:, None], key_pos)
         tokens = sampler(logits)
         yield tokens

@@ -287,20 +287,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
     """softmax(q @ k.T * scale) @ v under a mask. q [B, H, T, E], k and v [B, K, S, E], mask [B, 1, T, S] ->
     q's shape.
 
-    Several queries go through the fused operator, whose memory does not grow with T * S. One query, where
-    the cost is reading k and v once, is written out: compiled, it fuses with its surroundings. Soft caps
-    have no fused operator.
+    Many queries go through the fused operator, whose memory does not grow with T * S. Few, where the cost is
+    reading k and v once, are written out: compiled, that fuses with its surroundings. Soft caps have no fused
+    operator.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
-    if T > 1 and not cap:
+    if T > FEW and not cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=H != K)
     q = q.reshape(B, K, H // K * T, E)          # the queries that share a key head become rows of one product
-    scores = (q @ k.transpose(-2, -1)).float() * scale                               # [B, K, H/K*T, S]
+    scores = torch.matmul(q, k.transpose(-2, -1)).float() * scale                    # [B, K, H/K*T, S]
     scores = softcap(scores, cap).view(B, K, H // K, T, -1)
     scores = scores.masked_fill(~mask[:, :, None], -math.inf)
     p = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, -1)
-    return (p @ v).view(B, H, T, E)
+    return torch.matmul(p, v).view(B, H, T, E)
+
+
+FEW = 16        # queries a row: one-token steps, and the blocks that speculation verifies
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -54,6 +54,11 @@ def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tenso
     return model(tokens, input_pos, slots=key_pos.shape[0])
 
 
+def verify_narrow(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+    with NarrowRows():
+        return verify(model, tokens, input_pos, key_pos)
+
+
 class SpeculativeSteps(NamedTuple):
     draft: Callable = draft
     verify: Callable = verify
@@ -64,7 +69,7 @@ def compile_speculation() -> SpeculativeSteps:
     two of draft its one or two tokens, and how many guesses are accepted is data."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     return SpeculativeSteps(torch.compile(draft_narrow, fullgraph=True, mode=mode),
-                            torch.compile(verify, fullgraph=True, mode=mode))
+                            torch.compile(verify_narrow, fullgraph=True, mode=mode))
 
 
 # ---- guesses -----------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
     tokens, seen = known_to(model, history.gather(1, at)), sampler.seen
     ids, q = [], []
     for _ in range(k):
-        with one_row_matmul(tokens.numel(), tokens.device):
+        with one_row_matmul(model, tokens.numel()):
             logits = fit(step(model, tokens, at, key_pos), vocab_size)
         if takes_the_best(sampler):
             ids.append(logits.argmax(-1))
@@ -338,7 +343,7 @@ class Speculation:
             if k == 0:
                 if self.draft is None:
                     sampler.uniform(self.pace.most)     # a row's noise must not depend on other rows' finds
-                with one_row_matmul(len(rows), device):
+                with one_row_matmul(model, len(rows)):
                     logits = steps.decode(model, tokens[:, None], input_pos[:, None], key_pos)
                 ids, accepted = sampler(logits)[:, None], torch.zeros_like(input_pos)
             else:

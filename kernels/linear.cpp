@@ -108,10 +108,8 @@ struct Int4 {
 template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
-    if (R <= 4) {
 #pragma GCC unroll 8
-      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 8192 + line);
-    }
+    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 8192 + line);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
