@@ -150,16 +150,10 @@ def decode(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tenso
 
 
 class NarrowRows(TorchFunctionMode):
-    """While `decode` is traced for a CPU: few rows times a matrix as a written-out sum, which the compiler turns into
-    its own loop. PyTorch's kernels take up to twice as long on a linear of a few hundred inputs (on wide ones they are
-    best), and several times as long on attention's products, in which they find a handful of rows a head."""
+    """While `decode` is traced for a CPU: one row times a narrow matrix as a written-out sum, which the compiler turns
+    into its own loop. PyTorch's kernels take up to twice as long where no kernel of ours serves."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.matmul and args[0].device.type == "cpu" and args[0].shape[-2] <= 128:
-            a, b = args[0].float(), args[1].float()                                  # [..., n, k], [..., k, m]
-            if b.stride(-1) == 1:
-                return (a[..., None] * b[..., None, :, :]).sum(-2).to(args[0].dtype)
-            return (a[..., None, :] * b.mT[..., None, :, :]).sum(-1).to(args[0].dtype)
         if function is torch.nn.functional.linear and len(args) > 1 and not kwargs:
             x, weight, bias = (*args, None)[:3]
             if x.numel() == x.shape[-1] <= 1024 and weight.device.type == "cpu" and weight.is_floating_point():
@@ -192,12 +186,20 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     it is replayed as a CUDA graph. prefill: on request; it is bound by arithmetic, and compiling takes
     longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
     # every batch and cache size is a graph of its own, and past the limit a step would fail
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
-                 torch.compile(decode_narrow, fullgraph=True, mode=mode) if compile_decode else decode,
-                 PAD if compile_prefill else 1)
+                 compile_step(decode_narrow) if compile_decode else decode, PAD if compile_prefill else 1)
+
+
+def compile_step(step: Callable) -> Callable:
+    """A step of few tokens, in which calling the loops may cost as much as running them. On CUDA a graph replays
+    them. Elsewhere C++ calls them, where it is worth compiling: of a small model it saves a fifth of the time."""
+    if torch.cuda.is_available():
+        return torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    compiled = [torch.compile(step, fullgraph=True, options={"cpp_wrapper": small, "size_asserts": False})
+                for small in (False, True)]
+    return lambda model, *rest: compiled[len(model.layers) < 12](model, *rest)
 
 
 @contextmanager

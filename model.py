@@ -222,6 +222,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(args.head_dim if args.qk_norm == "head" else kv_dim, args)
         self.scale, self.softcap = args.attention_scale, args.attention_softcap
         self.cache = KVCache(args)
+        self.attend = attend            # a device may bring its own: see kernels/
 
     def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         k, v = self.cache(input_pos, k, v, mask.shape[-1])                           # [B, K, S, E]
-        y = attend(q, k, v, mask, self.scale, self.softcap)                          # [B, H, T, E]
+        y = self.attend(q, k, v, mask, self.scale, self.softcap)                     # [B, H, T, E]
         return self.wo(y.transpose(1, 2).reshape(B, T, H * E))                       # [B, T, D]
 
 
@@ -288,8 +289,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
     q's shape.
 
     Many queries go through the fused operator, whose memory does not grow with T * S. Few, where the cost is
-    reading k and v once, are written out: compiled, that fuses with its surroundings. Soft caps have no fused
-    operator.
+    reading k and v once, are written out, each head's keys times all its queries. Soft caps have no fused operator.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
@@ -303,7 +303,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
     return torch.matmul(p, v).view(B, H, T, E)
 
 
-FEW = 16        # queries a row: one-token steps, and the blocks that speculation verifies
+FEW = 15        # queries a row: one-token steps, and blocks that speculation verifies; compiled prompts begin at 16
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import (PAD, NarrowRows, Row, Sampler, Sampling, Steps, attended, decode_n_tokens,
+from generate import (PAD, NarrowRows, Row, Sampler, Sampling, Steps, attended, compile_step, decode_n_tokens,
                       generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic, token_probs)
 from model import Transformer
 from tokenizer import Tokenizer
@@ -67,9 +67,7 @@ class SpeculativeSteps(NamedTuple):
 def compile_speculation() -> SpeculativeSteps:
     """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
     two of draft its one or two tokens, and how many guesses are accepted is data."""
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
-    return SpeculativeSteps(torch.compile(draft_narrow, fullgraph=True, mode=mode),
-                            torch.compile(verify_narrow, fullgraph=True, mode=mode))
+    return SpeculativeSteps(compile_step(draft_narrow), compile_step(verify_narrow))
 
 
 # ---- guesses -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The CPU kernel of linear.cpp: built once, called as an operator, and the layout it reads.
+"""The CPU kernels, linear.cpp and attention.cpp: built once, called as operators, and the layout they read.
 
-What it is: `available` builds and loads the operator, `pack` lays weights out for it, `linear` calls it, and
-`rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_model` puts a bfloat16 model on
-it. What it is not: a quantizer; int8 and int4 values come from quantize.py, which is what to read next. Without
+What it is: `available` builds and loads the operators, `pack` lays weights out, `linear` and `attend` call them, and
+`rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_model` puts a model on
+them. What it is not: a quantizer; int8 and int4 values come from quantize.py, which is what to read next. Without
 a C++ compiler nothing breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that.
 """
 import hashlib
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("linear.cpp")
+from model import FEW
+from model import attend as plain_attend
+
+SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
 
@@ -28,34 +32,37 @@ PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, 
 
 @cache
 def available() -> bool:
-    """Whether the operator can be called; the first call builds it (10 to 20 s) or finds it built."""
+    """Whether the operators can be called; the first call builds them (10 to 20 s) or finds them built."""
     if os.environ.get("CPU_KERNELS") == "0":
         return False
     try:
-        torch.ops.load_library(build())
+        with ThreadPoolExecutor() as pool:
+            for library in pool.map(build, SOURCES):
+                torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip() or type(error).__name__).splitlines()[0]
-        print(f"note: the CPU kernel could not be built ({reason}); PyTorch's own operators serve, more slowly",
+        print(f"note: the CPU kernels could not be built ({reason}); PyTorch's own operators serve, more slowly",
               file=sys.stderr, flush=True)
         return False
     torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
+    torch.library.register_fake("cpu_attention::attend", shape_of_attend)
     return True
 
 
-def build(*defines: str) -> Path:
-    """Compile linear.cpp for this machine, unless the cache has it; raises OSError or SubprocessError."""
+def build(source: Path, *defines: str) -> Path:
+    """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError."""
     root = Path(torch.__path__[0])
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    told = [SOURCE.read_text(), torch.__version__, *FLAGS, *defines, instruction_set()]
-    name = f"linear-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
+    told = [source.read_text(), source.with_name("vectors.h").read_text(), torch.__version__, *FLAGS, *defines, instruction_set()]
+    name = f"{source.stem}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
     library = cache_folder() / name
     if not library.exists():
         if not defines:
-            print("building the CPU kernel, once for this machine ...", file=sys.stderr, flush=True)
+            print(f"building the CPU kernel {source.name}, once for this machine ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / name
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *defines, *include, str(SOURCE), "-o", str(made), *link]
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *defines, *include, str(source), "-o", str(made), *link]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
             os.replace(made, library)   # several processes may build at once; each result is whole
     return library
@@ -85,6 +92,11 @@ def instruction_set() -> str:
 
 def shape_of_linear(x, w, scales, offsets, N, bits, group):
     return x.new_empty(*x.shape[:-1], N)
+
+
+def shape_of_attend(q, k, v, mask, scale, cap):
+    B, H, T, E = q.shape
+    return q.new_empty(B, T, H, E).transpose(1, 2)
 
 
 # ---- the layout --------------------------------------------------------------------------------------------
@@ -140,7 +152,14 @@ def linear(x: Tensor, packed: Tensor, scales: Tensor | None, offsets: Tensor | N
     return torch.ops.cpu_kernels.linear(x, packed, scales, offsets, N, bits, group)
 
 
-# ---- bfloat16 models ---------------------------------------------------------------------------------------
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+    """model.attend with few queries in the kernel, which looks no further than the mask lets it see."""
+    if q.shape[2] > FEW or q.shape[3] % 16 or q.dtype not in (torch.float32, torch.bfloat16):
+        return plain_attend(q, k, v, mask, scale, cap)
+    return torch.ops.cpu_attention.attend(q, k, v, mask, scale, cap)
+
+
+# ---- models ----------------------------------------------------------------------------------------------
 
 class PackedLinear(nn.Module):
     """nn.Linear with its bfloat16 weight laid out for the kernel."""
@@ -167,12 +186,16 @@ class PackedTable(PackedLinear):
 
 
 def pack_model(model: nn.Module) -> nn.Module:
-    """Replace a CPU model's bfloat16 products by packed ones, layer by layer, so that memory grows by one
-    layer at most. For running, not for saving."""
+    """Put a CPU model's attention on the kernel, and its bfloat16 products, layer by layer, so that memory grows by
+    one layer at most. For running, not for saving."""
+    if model.norm.weight.device.type != "cpu" or not available():
+        return model
+    for layer in model.layers:
+        layer.attention.attend = attend
     for name, module in list(model.named_modules()):
         tied = module is model.tok_embeddings and model.output is None
         weight = module.weight if tied or type(module) is nn.Linear else None
-        if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not available():
+        if weight is None or weight.dtype != torch.bfloat16:
             continue
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
         parent, _, leaf = name.rpartition(".")

@@ -16,43 +16,23 @@
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
-#include <immintrin.h>
-#define BFLOAT16_DOT 1
-#endif
+
+#include "vectors.h"
 
 namespace {
 
 constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
-
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef int8_t bytes __attribute__((vector_size(16)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-inline floats to_float(bytes v) {                // the compiler's own conversion from bytes goes one by one
-#ifdef BFLOAT16_DOT
-  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
-#else
-  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
-#endif
-}
-template <class T> inline T read(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
-template <class T> inline void write(void* p, T v) { std::memcpy(p, &v, sizeof v); }
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
 

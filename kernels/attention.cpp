@@ -1,0 +1,236 @@
+// softmax(q @ k.T * scale) @ v for few queries, on a CPU: a step of one token, or the few that speculation verifies.
+//
+// What it is: each head of keys and values is read once, front to back, for all the queries that share it, and no
+// further than the last slot that one of them may see. A query's sums do not depend on the other queries of the call,
+// so that a token gets the same bits alone and among others. What it is not: fast for long prompts, where PyTorch's own
+// fused operator serves. The plain form of the same thing is `attend` in model.py.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
+constexpr int LANES = 16;
+
+// e^x for x <= 0: 2^n e^f with |f| <= ln 2 / 2, the latter by its series; 2e-7 off at most.
+inline floats exponential(floats x) {
+  const floats lowest = floats{} - 87.0f;
+  x = x > lowest ? x : lowest;                                                       // -inf as well
+  const ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+  const floats whole = __builtin_convertvector(n, floats);
+  const floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  floats p = f * (1 / 720.0f) + 1 / 120.0f;
+  p = p * f + 1 / 24.0f;
+  p = p * f + 1 / 6.0f;
+  p = (p * f + 0.5f) * f * f + f + 1.0f;
+  return p * (floats)((n + 127) << 23);
+}
+
+// c tanh(x / c)
+inline floats soft_cap(floats x, float cap) {
+  const floats size = x < 0 ? -x : x, t = exponential(size * (-2 / cap));
+  const floats y = (1.0f - t) / (1.0f + t) * cap;
+  return x < 0 ? -y : y;
+}
+
+// One key/value head and the queries that share it. Query r stands at time r % T.
+template <class X> struct Head {
+  const X *k, *v;                   // of slot 0; the next slot is a stride on
+  int64_t k_stride, v_stride, E, T;
+  const bool* mask;                 // [T] rows, a stride apart
+  int64_t mask_stride;
+  float scale, cap;
+};
+
+// Queries as they are multiplied: bfloat16 pairs where there is an instruction for them, else floats.
+#ifdef BFLOAT16_DOT
+template <class X> using Query = X;
+inline __m512i load32(const at::BFloat16* p, bool half) {
+  return half ? _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p)) : _mm512_loadu_si512(p);
+}
+#else
+template <class X> using Query = float;
+#endif
+
+// dots [j] += lane by lane products of a query and key j, LANES keys.
+template <class X> void multiply(const Query<X>* q, const X* const* keys, int64_t E, floats* dots) {
+#ifdef BFLOAT16_DOT
+  if constexpr (std::is_same_v<X, at::BFloat16>) {
+    for (int64_t e = 0; e < E; e += 32) {
+      const __m512i pairs = load32(q + e, e + 16 == E);
+      for (int j = 0; j < LANES; j++)
+        dots[j] = (floats)_mm512_dpbf16_ps((__m512)dots[j], (__m512bh)load32(keys[j] + e, e + 16 == E), (__m512bh)pairs);
+    }
+    return;
+  }
+#endif
+  for (int64_t e = 0; e < E; e += 16) {
+    const floats x = load16(q + e);
+    for (int j = 0; j < LANES; j++) dots[j] += load16(keys[j] + e) * x;
+  }
+}
+
+// Lane i of the sum of two vectors' lanes i and i ^ STEP: a's where i has not the bit STEP, else b's.
+template <int STEP, int... I> inline floats merge(floats a, floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & STEP ? 16 + I : I)...) +
+         __builtin_shufflevector(a, b, (I & STEP ? 16 + (I ^ STEP) : I ^ STEP)...);
+}
+
+// Lane j: the sum of vector j's lanes.
+inline floats sums(floats (&v)[LANES]) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  for (int j = 0; j < 16; j += 2) v[j] = merge<1>(v[j], v[j + 1], lanes);
+  for (int j = 0; j < 16; j += 4) v[j] = merge<2>(v[j], v[j + 2], lanes);
+  for (int j = 0; j < 16; j += 8) v[j] = merge<4>(v[j], v[j + 4], lanes);
+  return merge<8>(v[0], v[8], lanes);
+}
+
+// scores [s] of slots first ... last for one query, scaled and masked; a whole vector at a time.
+template <class X>
+void score(const Head<X>& h, const Query<X>* q, const bool* visible, int64_t first, int64_t last, float* scores) {
+  for (int64_t s = first; s < last; s += LANES) {
+    const X* keys[LANES];
+    for (int j = 0; j < LANES; j++) keys[j] = h.k + std::min(s + j, last - 1) * h.k_stride;
+    floats dots[LANES] = {};
+    multiply<X>(q, keys, h.E, dots);
+    floats y = sums(dots) * h.scale;
+    if (h.cap) y = soft_cap(y, h.cap);
+    bytes shown = {};
+    std::memcpy(&shown, visible + s, std::min<int64_t>(LANES, last - s));
+    y = __builtin_convertvector(shown, ints) ? y : -std::numeric_limits<float>::infinity();
+    write(scores + s, y);
+  }
+}
+
+// scores [n], n whole vectors -> their exponentials, less the largest; returns 1 / their sum.
+inline float soften(float* scores, int64_t n) {
+  floats most = read<floats>(scores), total = {};
+  for (int64_t s = LANES; s < n; s += LANES) {
+    const floats x = read<floats>(scores + s);
+    most = x > most ? x : most;
+  }
+  float highest = most[0];
+  for (int j = 1; j < LANES; j++) highest = std::max(highest, most[j]);
+  for (int64_t s = 0; s < n; s += LANES) {
+    floats p = read<floats>(scores + s);
+    p = p >= -std::numeric_limits<float>::max() ? exponential(p - highest) : floats{};   // masked: nothing at all
+    write(scores + s, p);
+    total += p;
+  }
+  return 1 / sum(total);
+}
+
+// y [R][E] += sum over slots of p [R][s] v [s], from e on, N vectors wide.
+template <class X, int R, int N>
+void weigh(const Head<X>& h, const float* p, int64_t room, int64_t first, int64_t last, int64_t e, float* y) {
+  floats total[R][N];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) total[r][i] = read<floats>(y + r * h.E + e + 16 * i);
+  for (int64_t s = first; s < last; s++)
+    for (int i = 0; i < N; i++) {
+      const floats v = load16(h.v + s * h.v_stride + e + 16 * i);
+      for (int r = 0; r < R; r++) total[r][i] += v * p[r * room + s];
+    }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) write(y + r * h.E + e + 16 * i, total[r][i]);
+}
+
+template <class X, int R>
+void weigh_all(const Head<X>& h, const float* p, int64_t room, int64_t first, int64_t last, float* y) {
+  int64_t e = 0;
+  for (; e + 64 <= h.E; e += 64) weigh<X, R, 4>(h, p, room, first, last, e, y);
+  for (; e < h.E; e += 16) weigh<X, R, 1>(h, p, room, first, last, e, y);
+}
+
+// y [R][E] of queries q [R][E] over slots first ... last; scores: R rows of `room` floats.
+template <class X>
+void attend_head(const Head<X>& h, const Query<X>* q, int64_t R, int64_t first, int64_t last, float* scores,
+                 int64_t room, float* y) {
+  for (int64_t at = first; at < last; at += BLOCK)
+    for (int64_t r = 0; r < R; r++)
+      score(h, q + r * h.E, h.mask + r % h.T * h.mask_stride, at, std::min(at + BLOCK, last), scores + r * room);
+  for (int64_t r = 0; r < R; r++) {
+    float* p = scores + r * room;
+    const float share = soften(p + first, (last - first + 15) / LANES * LANES);
+    for (int64_t s = first; s < last; s++) p[s] *= share;
+  }
+  std::fill_n(y, R * h.E, 0.0f);
+  for (int64_t at = first; at < last; at += BLOCK) {
+    const int64_t end = std::min(at + BLOCK, last);
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4) weigh_all<X, 4>(h, scores + r * room, room, at, end, y + r * h.E);
+    for (; r < R; r++) weigh_all<X, 1>(h, scores + r * room, room, at, end, y + r * h.E);
+  }
+}
+
+// The slots that at least one of the T queries may see lie in first ... last.
+std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, int64_t S) {
+  int64_t first = S, last = 0;
+  for (int64_t t = 0; t < T; t++) {
+    const bool* row = mask + t * stride;
+    first = std::min<int64_t>(first, std::find(row, row + S, true) - row);
+    int64_t end = S;
+    while (end > last && !row[end - 1]) end--;
+    last = std::max(last, end);
+  }
+  return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
+}
+
+template <class X>
+void attend_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale,
+                double cap, at::Tensor& out) {
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), K = k.size(1), S = k.size(2), R = H / K * T;
+  const int64_t room = (S + 31) / LANES * LANES;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (S * R * E));                   // as in linear.cpp
+  at::parallel_for(0, B * K, grain, [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> scores, y;
+    thread_local std::vector<Query<X>> queries;
+    scores.resize(R * room), y.resize(R * E), queries.resize(R * E);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / K, kv = i % K;
+      const auto head_of = [&](int64_t r) { return kv * (H / K) + r / T; };
+      const Head<X> h{k.const_data_ptr<X>() + b * k.stride(0) + kv * k.stride(1),
+                      v.const_data_ptr<X>() + b * v.stride(0) + kv * v.stride(1), k.stride(2), v.stride(2), E, T,
+                      mask.const_data_ptr<bool>() + b * mask.stride(0), mask.stride(2), float(scale), float(cap)};
+      const auto [first, last] = seen(h.mask, h.mask_stride, T, S);
+      for (int64_t r = 0; r < R; r++)
+        std::copy_n(q.const_data_ptr<X>() + b * q.stride(0) + head_of(r) * q.stride(1) + r % T * q.stride(2), E,
+                    queries.data() + r * E);
+      attend_head(h, queries.data(), R, first, last, scores.data(), room, y.data());
+      for (int64_t r = 0; r < R; r++)                                                // out [B, T, H, E]
+        std::copy_n(y.data() + r * E, E, out.data_ptr<X>() + ((b * T + r % T) * H + head_of(r)) * E);
+    }
+  });
+}
+
+// q [B, H, T, E]; k, v [B, K, S, E] of the same dtype, float32 or bfloat16; mask bool [B, 1, T, S], true: visible
+// -> q's shape. E is a multiple of 16; every query sees a slot. cap 0: no soft cap of the scores.
+at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale,
+                  double cap) {
+  auto out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
+  const auto rows = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
+  if (q.scalar_type() == at::kBFloat16) attend_all<at::BFloat16>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out);
+  else attend_all<float>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out);
+  return out.transpose(1, 2);
+}
+
+}  // namespace
+
+#ifndef LIBRARY
+#define LIBRARY cpu_attention
+#endif
+
+TORCH_LIBRARY(LIBRARY, m) {
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, float cap) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("attend", &attend); }

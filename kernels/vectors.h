@@ -1,0 +1,42 @@
+// Vectors of 16 floats and how numbers become them: what linear.cpp and attention.cpp share. The compiler's portable
+// vectors, with the instruction itself where it is known to be better.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstring>
+#if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define BFLOAT16_DOT 1
+#endif
+
+typedef float floats __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+template <class T> inline T read(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
+template <class T> inline void write(void* p, T v) { std::memcpy(p, &v, sizeof v); }
+
+inline floats to_float(bytes v) {                // the compiler's own conversion from bytes goes one by one
+#ifdef BFLOAT16_DOT
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+#endif
+}
+
+inline floats load16(const float* p) { return read<floats>(p); }
+inline floats load16(const at::BFloat16* p) {    // a bfloat16 is a float's upper half
+  return (floats)(__builtin_convertvector(read<halves>(p), words) << 16);
+}
+
+inline float sum(floats v) {
+#ifdef BFLOAT16_DOT
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
+#endif
+}
