@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import (PAD, NarrowRows, Row, Sampler, Sampling, Steps, attended, compile_step, decode_n_tokens,
-                      generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic, token_probs)
+from generate import (PAD, Choices, NarrowRows, Row, Sampler, Sampling, Steps, attended, choices, compile_step,
+                      decode_n_tokens, generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic)
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -73,9 +73,9 @@ def compile_speculation() -> SpeculativeSteps:
 # ---- guesses -----------------------------------------------------------------------------------------------
 
 def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos: Tensor, k: int,
-                 sampler: Sampler, vocab_size: int, key_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+                 sampler: Sampler, vocab_size: int, key_pos: Tensor) -> tuple[Tensor, Choices | None]:
     """k guesses [B, k] of the draft model after the tokens at input_pos [B] of history [B, L], and the
-    probabilities q [B, k, V] they were drawn from; None where drawing is taking the most likely one.
+    choices [B, k, C] they were drawn from; None where drawing is taking the most likely one.
 
     The first forward reads two tokens: after a fully accepted block the draft has not seen the last of its
     own guesses; otherwise it writes again what stands there.
@@ -89,11 +89,11 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
         if takes_the_best(sampler):
             ids.append(logits.argmax(-1))
         else:
-            q.append(token_probs(logits, sampler.settings, seen))
+            q.append(choices(logits, sampler.settings, seen))
             ids.append(sampler.draw(q[-1]))
             seen = None if seen is None else seen.scatter(1, ids[-1][:, None], True)
         tokens, at = ids[-1][:, None], at[:, -1:] + 1
-    return torch.stack(ids, 1), torch.stack(q, 1) if q else None
+    return torch.stack(ids, 1), Choices(*(torch.stack(t, 1) for t in zip(*q))) if q else None
 
 
 def fit(logits: Tensor, vocab_size: int) -> Tensor:
@@ -140,30 +140,36 @@ def look_up(history: Tensor, input_pos: Tensor, ngram: int, k: int) -> tuple[Ten
 
 # ---- accepting ---------------------------------------------------------------------------------------------
 
-def accept(guesses: Tensor, found: Tensor, q: Tensor | None, p: Tensor,
-           uniform: Tensor) -> tuple[Tensor, Tensor]:
+def accept(guesses: Tensor, found: Tensor, q: Choices | None, p: Choices, uniform: Tensor,
+           vocab_size: int) -> tuple[Tensor, Choices]:
     """How many guesses stand, and what to draw the next id from (Leviathan et al. 2023, algorithm 1).
 
-    guesses [B, k], drawn from q [B, k, V] (None: they were certain), found [B]: False refuses a row's guesses
-    unseen; p [B, k+1, V] the model's own probabilities; uniform [B, k] in [0, 1). A guess stands with
-    probability min(1, p / q). Returns accepted [B] and weights [B, V]: max(p - q, 0) at the first refused
-    guess, p after the last one.
+    guesses [B, k], drawn from q [B, k, C] (None: they were certain), found [B]: False refuses a row's guesses
+    unseen; p [B, k+1, C] the model's own choices; uniform [B, k] in [0, 1). A guess stands with probability
+    min(1, p / q). Returns accepted [B] and weights [B, C]: max(p - q, 0) at the first refused guess, p after
+    the last one.
     """
     B, k = guesses.shape
-    p_guess = p[:, :k].gather(2, guesses[:, :, None])[:, :, 0]                       # [B, k]
-    q_guess = 1.0 if q is None else q.gather(2, guesses[:, :, None])[:, :, 0]
-    stands = (uniform * q_guess < p_guess) & found[:, None]
+    q_guess = 1.0 if q is None else probability(q, guesses)
+    stands = (uniform * q_guess < probability(Choices(*(t[:, :k] for t in p)), guesses)) & found[:, None]
     accepted = stands.long().cumprod(1).sum(1)                                       # [B]
-    row, first_refused = torch.arange(B, device=p.device), accepted.clamp(max=k - 1)
-    p_next = p[row, accepted]                                                        # [B, V]
+    row, first_refused = torch.arange(B, device=uniform.device), accepted.clamp(max=k - 1)
+    p_next = Choices(*(t[row, accepted] for t in p))                                 # [B, C]
     if q is None:
-        q_next = F.one_hot(guesses[row, first_refused], p.shape[-1]).to(p.dtype)
-    else:
-        q_next = q[row, first_refused]
+        q_next = (p_next.ids == guesses[row, first_refused][:, None]).float()
+    else:                                               # q at p's ids, by way of the whole vocabulary
+        ids, probs = (t[row, first_refused] for t in q)
+        q_next = probs.new_zeros(B, vocab_size).scatter_(1, ids, probs).gather(1, p_next.ids)
     refused = (accepted < k) & found
-    weights = (p_next - q_next * refused[:, None]).clamp(min=0)
+    weights = (p_next.probs - q_next * refused[:, None]).clamp(min=0)
     # p = q leaves nothing; a refusal is then rounding's, and p itself is what remains to draw from
-    return accepted, torch.where(weights.sum(1, keepdim=True) > 0, weights, p_next)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, p_next.probs)
+    return accepted, Choices(p_next.ids, weights)
+
+
+def probability(of: Choices, ids: Tensor) -> Tensor:
+    """That each of the ids [B, k] is drawn from its choices [B, k, C] -> [B, k]."""
+    return torch.where(of.ids == ids[..., None], of.probs, 0.0).sum(-1)
 
 
 def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
@@ -181,9 +187,9 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
         for guess in guesses.unbind(1):
             seen.append(seen[-1].scatter(1, guess[:, None], True))
         seen = torch.stack(seen, 1).flatten(0, 1)                                    # [B*(k+1), V]
-    p = token_probs(logits.flatten(0, 1), sampler.settings, seen).view(B, k + 1, -1)
-    accepted, weights = accept(guesses, found, q, p, sampler.uniform(k))
-    ids = F.pad(guesses, (0, 1)).scatter(1, accepted[:, None], sampler.draw(weights)[:, None])
+    p = Choices(*(t.unflatten(0, (B, k + 1)) for t in choices(logits.flatten(0, 1), sampler.settings, seen)))
+    accepted, left = accept(guesses, found, q, p, sampler.uniform(k), logits.shape[-1])
+    ids = F.pad(guesses, (0, 1)).scatter(1, accepted[:, None], sampler.draw(left)[:, None])
     if sampler.seen is not None:                    # refused ids become the next one, which is seen anyway
         last = ids.gather(1, accepted[:, None])
         taken = torch.where(torch.arange(k + 1, device=ids.device) <= accepted[:, None], ids, last)

@@ -4,6 +4,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${TARGET:-$root/checkpoints/meta-llama/Llama-2-70b-chat-hf/model_fast.safetensors}
-draft=${DRAFT:-$root/checkpoints/meta-llama/Llama-2-7b-chat-hf/model_fast_int4.safetensors}
+draft=${DRAFT:-$root/checkpoints/meta-llama/Llama-2-7b-chat-hf/model_int4.g32.safetensors}
 "${TORCHRUN:-torchrun}" --standalone --nproc_per_node="${GPUS:-8}" "$root/generate.py" --compile --checkpoint_path "$target" --draft_checkpoint_path "$draft" \
     --speculate_k 5 --prompt "Hi my name is" --max_new_tokens 200 --num_samples 50 --temperature 0 "$@"

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import generate as g
-from generate import Sampling, generate, stream, token_probs
+from generate import Sampling, choices, generate, stream
 from model import ModelArgs, Transformer
 from test_tokenizer import byte_level_json
 from tokenizer import load_tokenizer
@@ -73,6 +73,11 @@ def reference_probs(logits, s: Sampling, prompt=None):
     chain.append(t.MinPLogitsWarper(s.min_p))
     return chain(prompt, logits).softmax(-1)
 
+def token_probs(logits, settings, seen=None):
+    """Choices spread over the vocabulary."""
+    found = choices(logits, settings, seen)
+    return torch.zeros_like(logits).scatter_(1, found.ids, found.probs)
+
 
 FILTERS = [dict(top_k=0), dict(top_k=1), dict(top_k=5), dict(top_k=40), dict(top_k=500), dict(top_k=0, top_p=0.5),
            dict(top_k=0, top_p=0.0), dict(top_k=0, top_p=1.0), dict(top_k=0, min_p=0.1), dict(top_k=0, min_p=1.0),
@@ -116,6 +121,15 @@ def test_temperature_zero_is_argmax_and_ties_go_to_the_lowest():
     assert token_probs(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0, 0]]
     cold = token_probs(torch.tensor([[1.0, 1.1, -float("inf")]]), Sampling(temperature=1e-6, top_k=0))
     assert torch.allclose(cold, torch.tensor([[0.0, 1.0, 0.0]]))
+
+
+def test_ties_with_the_kth_stay():
+    """top_k looks at a part of the vocabulary only: the tied ids must be in it."""
+    logits = torch.zeros(1, 1000)
+    logits[0, 100:103] = 2.0
+    logits[0, 700:712] = 1.0
+    drawn = token_probs(logits, Sampling(temperature=1.0, top_k=5))[0]
+    assert drawn.nonzero()[:, 0].tolist() == [100, 101, 102, *range(700, 712)]
 
 
 def test_settings_fall_back_to_the_models_own():

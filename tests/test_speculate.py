@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import cli
 import generate as g
 import speculate as s
-from generate import Figures, Sampling, generate, stream, token_probs
+from generate import Choices, Figures, Sampling, choices, generate, stream
 from model import ModelArgs, Transformer
 from speculate import Pace, Speculation, accept, look_up
 from test_cli import chat, folder, prefilled, run, tiny  # noqa: F401  (folder is a fixture)
@@ -130,6 +130,11 @@ def chi_square_holds(counts: torch.Tensor, expected: torch.Tensor) -> bool:
     chi2, freedom = ((counts - expected)[there] ** 2 / expected[there]).sum(), max(int(there.sum()) - 1, 0)
     return counts[expected == 0].sum() == 0 and chi2 < freedom + 5.5 * (2 * freedom) ** 0.5 + 6
 
+def token_probs(logits, settings, seen=None):
+    """Choices spread over the vocabulary."""
+    found = choices(logits, settings, seen)
+    return torch.zeros_like(logits).scatter_(1, found.ids, found.probs)
+
 
 P = [0.4, 0.3, 0.2, 0.1, 0.0, 0.0]
 DRAFTS = {"bad": [0.05, 0.05, 0.1, 0.3, 0.3, 0.2], "identical": P, "disjoint": [0, 0, 0, 0, 0.5, 0.5],
@@ -146,7 +151,9 @@ def test_accepted_or_replaced_ids_follow_p(name):
     guesses = torch.multinomial(q, 2 * n, replacement=True).view(n, 2)
     found = torch.full((n,), name != "no draft")
     given = None if name in ("certain", "no draft") else q.expand(n, 2, 6)
-    accepted, weights = accept(guesses, found, given, p, torch.rand(n, 2))
+    ids = torch.arange(6).expand(n, 3, 6)
+    given = None if given is None else Choices(ids[:, :2], given)
+    accepted, (_, weights) = accept(guesses, found, given, Choices(ids, p), torch.rand(n, 2), 6)
     assert weights.isfinite().all() and (weights.sum(1) > 0).all()
     drawn = torch.multinomial(weights, 1)[:, 0]
     ids = torch.cat([guesses, drawn[:, None]], 1).scatter(1, accepted[:, None], drawn[:, None])
