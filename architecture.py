@@ -13,7 +13,7 @@ here.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -357,6 +357,16 @@ class Stored:
     pieces: list[Callable[[], Tensor]]
     dim: int = 0
 
+    def narrow(self, dim: int, start: int, stop: int) -> "Stored":
+        """Its part start ... stop along `dim`, unread as well. Pieces are of one size."""
+        if (start, stop) == (0, self.shape[dim]):
+            return self
+        size = self.shape[dim] // (len(self.pieces) if dim == self.dim else 1)
+        spans = [(i * size if dim == self.dim else 0, read) for i, read in enumerate(self.pieces)]
+        cut = [(read, max(start - at, 0), min(stop - at, size)) for at, read in spans]
+        pieces = [lambda read=read, a=a, b=b: read().narrow(dim, a, b - a) for read, a, b in cut if a < b]
+        return Stored((*self.shape[:dim], stop - start, *self.shape[dim + 1:]), self.dtype, pieces, self.dim)
+
 
 @dataclass
 class Part:
@@ -367,6 +377,21 @@ class Part:
     stop: int
     first: int = 0
     head_dim: int = 0
+    columns: tuple[int, int] = ()       # of the source that are wanted; (): all
+
+
+def cut_parts(parts: list[Part], dim: int, ranges: list[tuple[int, int]]) -> list[Part]:
+    """What remains of a parameter's parts where of its rows (dim 0) or columns (1) only these ranges are kept."""
+    if dim == 1:
+        return [replace(part, columns=ranges[0]) for part in parts]
+    kept, at = [], 0
+    for start, stop in ranges:
+        for part in parts:
+            a, b = max(start, part.start), min(stop, part.stop)
+            if a < b:
+                kept.append(replace(part, start=at + a - start, stop=at + b - start, first=part.first + a - part.start))
+        at += stop - start
+    return kept
 
 
 def place(name: str, names) -> tuple[str, str] | None:

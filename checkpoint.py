@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from architecture import CheckpointError, Part, Stored, args_from, plan
+from architecture import CheckpointError, Part, Stored, args_from, cut_parts, plan
 from foreign import by_place, read_quantized, split_layers
 from model import ModelArgs, Transformer
 from quantize import QuantizedLinear, SplitLinear, empty_layer
@@ -54,15 +54,18 @@ class Source:
 # ---- loading -----------------------------------------------------------------------------------------------
 
 def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    trust_architecture: bool = False,
-                    progress: Callable[[int, int], None] | None = None) -> Transformer:
+                    trust_architecture: bool = False, progress: Callable[[int, int], None] | None = None,
+                    cut: Callable[[Transformer], dict] | None = None) -> Transformer:
     """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype`
     (None: as stored). The weights are read once, straight into their final place: host memory peaks at the
-    weights plus one tensor. progress(bytes done, bytes in all) is called after each parameter. Raises
+    weights plus one tensor. progress(bytes done, bytes in all) is called after each parameter. cut: as
+    tp.cut, makes the empty model smaller and tells what is left of its tensors; only that is read. Raises
     CheckpointError.
     """
     source = open_source(resolve(path))
     model, steps = prepare(source, trust_architecture)
+    for name, (dim, ranges) in (cut(model) if cut else {}).items():
+        steps[name] = cut_parts(steps[name], dim, ranges)
     dtype = dtype or common_dtype(source)
     device = torch.device(device)
     check_memory(weight_bytes(model, dtype), device)
@@ -192,10 +195,9 @@ def copy_part(weight: Tensor, stored: Stored, part: Part):
     reordered.
     """
     target, at = weight[part.start:part.stop], 0
-    for read in stored.pieces:
+    stored = stored.narrow(1, *part.columns) if part.columns else stored
+    for read in stored.narrow(0, part.first, part.first + len(target)).pieces:
         piece = read()
-        if stored.dim == 0:
-            piece = piece[part.first:][:target.shape[0] - at]
         size = piece.shape[stored.dim]
         place = target.narrow(stored.dim, at, size)
         if part.head_dim:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, bytes_per_token,
-                      compile_steps, decode_n_tokens, generate_rows, load_model, make_room, peak_memory,
-                      probe_bandwidth, rows_for, run_prefill)
+import ranks
+from figures import bytes_per_token, peak_memory, probe_bandwidth
+from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, compile_steps, decode_n_tokens,
+                      generate_rows, load_model, make_room, rows_for, run_prefill)
 from model import Transformer
 from quantize import describe
 from speculate import (MOST, Acceptance, Speculation, SpeculativeSteps, check_same_tokens,
@@ -111,7 +112,10 @@ def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -
     prompts = list(o.prompt)
     if o.prompt_file:
         try:
-            data = sys.stdin.buffer.read() if o.prompt_file == "-" else Path(o.prompt_file).read_bytes()
+            if o.prompt_file == "-":
+                data = ranks.hear(lambda: sys.stdin.buffer.read().decode("latin-1")).encode("latin-1")
+            else:
+                data = Path(o.prompt_file).read_bytes()
             prompts.append(data.decode("utf-8").removesuffix("\n"))
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt_file '{o.prompt_file}' is not UTF-8: byte {error.start} is "
@@ -239,6 +243,7 @@ def tracing(path: str | None, model: Transformer):
     if path is None:
         yield
         return
+    path += f".rank{ranks.rank()}" if ranks.size() > 1 else ""
     Path(path).touch()                  # fail now, not after the work
     with torch.profiler.profile() as profile:
         yield
@@ -339,7 +344,7 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
     messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache
     while True:
         try:
-            text = read_turn()
+            text = ranks.hear(read_turn)
         except EOFError:
             return
         command, _, argument = text.strip().partition(" ")
@@ -386,6 +391,7 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 # ---- entry -------------------------------------------------------------------------------------------------
 
 def run(o: argparse.Namespace):
+    ranks.start(o.device)
     began = time.perf_counter()
     model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype,
                                   trust_architecture=o.trust_architecture)
@@ -400,7 +406,8 @@ def run(o: argparse.Namespace):
               "torch": torch.__version__, "python": sys.version.split()[0],
               "load_s": time.perf_counter() - began}
     say(o, f"{o.checkpoint_path}: {report['params'] / 1e6:.1f} M parameters, "
-           f"{report['quant'] + ' and ' if report['quant'] else ''}{report['dtype']} on {weight.device}, "
+           f"{report['quant'] + ' and ' if report['quant'] else ''}{report['dtype']} on "
+           f"{f'{ranks.size()} ranks, here ' if ranks.size() > 1 else ''}{weight.device}, "
            f"loaded in {report['load_s']:.2f} s")
     speculation = load_speculation(o, model, tokenizer, report)
     if o.chat and tokenizer.chat_template is None:
@@ -414,6 +421,7 @@ def run(o: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks.hush()
     p = parser()
     o = p.parse_args(argv)
     o.quiet = o.quiet or o.json
@@ -433,16 +441,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(o)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory on {o.device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        ranks.fail(f"out of memory on {o.device}: {str(error).splitlines()[0]}")
         return 1
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):                      # the reader has enough: not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"error: {error}", file=sys.stderr)
+        ranks.fail(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if ranks.size() == 1:
+            raise
+        ranks.fail(f"rank {ranks.rank()} lost the others: {str(error).splitlines()[0]}")
+        return 1
     return 0
 
 

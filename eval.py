@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import ranks
 from generate import (BUNDLED, EAGER, PAD, Sampling, attended, compile_steps, generate_rows, load_model, make_room,
                       rows_for, symbolic)
 from gptq import document
@@ -303,14 +304,16 @@ def readable(report: dict, tasks: dict | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks.hush()
     o = parser().parse_args(argv)
     try:
+        ranks.start(o.device)
         run(o)
         return 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        ranks.fail(str(error) or type(error).__name__)
         return 2 if type(error) is ValueError else 1
 
 

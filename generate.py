@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import ranks
+import tp
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
-from model import KVCache, Transformer
+from model import Transformer
 from quantize import pack_model
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -128,7 +130,7 @@ class Sampler:
         """Logits [B, V] -> ids [B], without a host sync: argmax of p / Exp(1) draws from p (the Gumbel-max
         trick)."""
         if self.settings.temperature == 0 and self.seen is None:
-            return logits.argmax(-1)
+            return ranks.agree(logits.argmax(-1))
         ids = self.draw(choices(logits, self.settings, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
@@ -140,7 +142,7 @@ class Sampler:
         if weights.shape[1] > 1:
             exponential = self.uniform(weights.shape[1]).log_().neg_()     # exponential_ takes 6 x as long
             weights = weights / exponential
-        return among.ids.gather(1, weights.argmax(-1, keepdim=True))[:, 0]
+        return ranks.agree(among.ids.gather(1, weights.argmax(-1, keepdim=True))[:, 0])
 
     def uniform(self, n: int) -> Tensor:
         """Numbers [B, n] in [0, 1), so that no log of theirs is 0; each row's from its own generator."""
@@ -208,12 +210,13 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
 
 def compile_step(step: Callable) -> Callable:
     """A step of few tokens, in which calling the loops may cost as much as running them. On CUDA a graph replays
-    them. Elsewhere C++ calls them, where it is worth compiling: of a small model it saves a fifth of the time."""
+    them. Elsewhere C++ calls them, where it is worth compiling: of a small model it saves a fifth of the time.
+    (It cannot call collectives.)"""
     if torch.cuda.is_available():
         return torch.compile(step, fullgraph=True, mode="reduce-overhead")
     compiled = [torch.compile(step, fullgraph=True, options={"cpp_wrapper": small, "size_asserts": False})
                 for small in (False, True)]
-    return lambda model, *rest: compiled[len(model.layers) < 12](model, *rest)
+    return lambda model, *rest: compiled[len(model.layers) < 12 and ranks.size() == 1](model, *rest)
 
 
 @contextmanager
@@ -237,9 +240,9 @@ def bucket(n: int) -> int:
 def make_room(model: Transformer, rows: int, length: int) -> bool:
     """Set up the cache for rows of `length` tokens. It grows by doubling, for a new size means a new
     compiled graph. Raises ValueError where it would not fit, with the bytes that decide it."""
-    a, device, slots = model.args, model.norm.weight.device, bucket(length + PAD)
+    a, device, slots = model.layers[0].attention, model.norm.weight.device, bucket(length + PAD)
     if rows > model.max_batch_size or slots > model.cache_slots:
-        per_slot = 2 * a.n_layers * a.n_kv_heads * a.head_dim * model.norm.weight.itemsize
+        per_slot = 2 * len(model.layers) * a.n_kv_heads * a.head_dim * model.norm.weight.itemsize
         need, free = per_slot * max(rows, model.max_batch_size) * slots, free_memory(device)
         if free is not None and need > free:
             raise ValueError(f"a cache for {rows} rows of {length} tokens needs {need / 1e9:.2f} GB beside the "
@@ -458,8 +461,11 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
     device = pick_device(str(device))
     dtype = pick_dtype(dtype, device, path)
     tokenizer = load_tokenizer(path)
-    model = load_checkpoint(path, device=device, dtype=dtype, **options)
+    several = ranks.size() > 1
+    model = load_checkpoint(path, device=device, dtype=dtype, cut=tp.cut if several else None, **options)
     pack_model(model)
+    if several:
+        tp.connect(model)
     model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)
     model.limit = model.args.max_position
     return model, tokenizer
@@ -516,41 +522,6 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> tor
         return torch.float32 if small and stored_dtype(path) == torch.float32 else torch.bfloat16
     lacks_bfloat16 = device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported()
     return torch.float16 if lacks_bfloat16 else torch.bfloat16
-
-
-# ---- figures -----------------------------------------------------------------------------------------------
-
-def bytes_per_token(model: Transformer) -> int:
-    """Weight bytes that one decode step reads: everything but an embedding table that is not also the
-    head."""
-    unread = None if model.output is None else model.tok_embeddings
-    modules = [m for m in model.modules() if m is not unread and not isinstance(m, KVCache)]
-    return sum(t.nbytes for m in modules for n, t in [*m.named_parameters("", False), *m.named_buffers("", False)]
-               if not (n == "weight" and getattr(m, "packed", None) is not None))     # many rows' twin of `packed`
-
-
-def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:
-    """Bytes a second at which the device reads memory: the best of a few passes over a buffer larger than
-    its caches."""
-    data = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        began = time.perf_counter()
-        data.max().item()
-        best = max(best, nbytes / (time.perf_counter() - began))
-    return best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process had resident on the host, or allocated on the device. 0 where nothing
-    tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource                 # not on Windows
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":      # cli.py stands above this file: importing it is what an entry script does

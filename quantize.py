@@ -33,6 +33,7 @@ class QuantizedLinear(nn.Module):
     bits: int
     centre: int                         # of the stored values: 0 if signed, 8 for nibbles
     path = "plain"
+    skip = 0                            # inputs before a rank's first one, in its first group: zeros stand for them
 
     def __init__(self, in_features: int, out_features: int, groupsize: int = 0, *, bias=False, zeros=False,
                  perm=False, scale_dtype=torch.bfloat16, dtype=torch.bfloat16, device=None):
@@ -40,7 +41,6 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.groupsize = min(groupsize or in_features, in_features)
-        self.granularity = self.groupsize if self.groupsize < in_features else 1    # where ranks may cut the inputs
         groups = -(-in_features // self.groupsize)
 
         def buffer(name, wanted, *shape, kind):
@@ -83,6 +83,23 @@ class QuantizedLinear(nn.Module):
         w = (values.float() if offsets is None else values.float() + each(offsets)) * each(scales)
         return w if self.perm is None else w[..., self.perm.argsort()]
 
+    def cut(self, dim: int, ranges: list[tuple[int, int]]) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+        """Keep some outputs (dim 0), or one range of inputs (1), for a rank of several. Returns which columns or rows
+        of each buffer that takes; the caller cuts them. A group may lie on two ranks: both have its scale."""
+        if dim == 0:
+            self.out_features = sum(b - a for a, b in ranges)
+            return {leaf: (0, ranges) for leaf in ("weight", "scales", "zeros", "bias")}
+        if self.perm is not None:
+            raise ValueError("a layer quantized in another order of its inputs (act-order) cannot be cut for ranks")
+        (start, stop), whole_row = ranges[0], self.kernel_group() == 0
+        unit = 8 // self.bits if whole_row else self.groupsize
+        first, self.skip = start // unit * unit, start % unit
+        self.in_features = stop - first
+        self.groupsize = self.in_features if whole_row else min(self.groupsize, self.in_features)
+        groups = (0, 1) if whole_row else (first // unit, -(-stop // unit))
+        columns = (self.stored_columns(first), self.stored_columns(stop))
+        return {"weight": (1, [columns]), "scales": (1, [groups]), "zeros": (1, [groups])}
+
     # ---- packing and multiplying
 
     def pack(self) -> "QuantizedLinear":
@@ -123,6 +140,8 @@ class QuantizedLinear(nn.Module):
         """x [..., K] -> [..., N]; ids [...] -> rows [..., K]."""
         if not x.is_floating_point():
             return self.dequantize(x).to(self.dtype)
+        if self.skip:
+            x = F.pad(x, (self.skip, 0))
         rows = x.numel() // x.shape[-1]
         if self.path == "plain" or self.path == "stock" and (rows > STOCK_ROWS[self.bits] or x.dtype != self.dtype):
             return self.plain_multiply(x)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ranks
 from generate import (PAD, Choices, NarrowRows, Row, Sampler, Sampling, Steps, attended, choices, compile_step,
                       decode_n_tokens, generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic)
 from model import Transformer
@@ -87,7 +88,7 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
         with one_row_matmul(model, tokens.numel()):
             logits = fit(step(model, tokens, at, key_pos), vocab_size)
         if takes_the_best(sampler):
-            ids.append(logits.argmax(-1))
+            ids.append(ranks.agree(logits.argmax(-1)))
         else:
             q.append(choices(logits, sampler.settings, seen))
             ids.append(sampler.draw(q[-1]))
@@ -179,6 +180,7 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
     B, k = guesses.shape
     if takes_the_best(sampler):
         ids = logits.argmax(-1)                                                      # [B, k+1]
+        ids = ranks.agree(ids)
         stands = (ids[:, :k] == guesses) & found[:, None]
         return ids, stands.long().cumprod(1).sum(1)
     seen = sampler.seen
@@ -188,7 +190,8 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
             seen.append(seen[-1].scatter(1, guess[:, None], True))
         seen = torch.stack(seen, 1).flatten(0, 1)                                    # [B*(k+1), V]
     p = Choices(*(t.unflatten(0, (B, k + 1)) for t in choices(logits.flatten(0, 1), sampler.settings, seen)))
-    accepted, left = accept(guesses, found, q, p, sampler.uniform(k), logits.shape[-1])
+    accepted, left = accept(guesses, found, q, p, ranks.agree(sampler.uniform(k)), logits.shape[-1])
+    accepted = ranks.agree(accepted)
     ids = F.pad(guesses, (0, 1)).scatter(1, accepted[:, None], sampler.draw(left)[:, None])
     if sampler.seen is not None:                    # refused ids become the next one, which is seen anyway
         last = ids.gather(1, accepted[:, None])
@@ -335,7 +338,7 @@ class Speculation:
         rows, device = self.rows, tokens.device
         history = self.history(tokens, input_pos)                                    # [B, L]
         end = torch.tensor([len(row.prompt) + row.limit - 1 for row in rows], device=device)
-        chosen, key_pos, draft_key_pos, left_behind = self.pace.choose(), None, None, False
+        chosen, key_pos, draft_key_pos, left_behind = self.choose(device), None, None, False
         guesses, found = self.guess_from_text(history, input_pos, chosen)
         hopeful = bool(found.any())
         while True:
@@ -369,13 +372,18 @@ class Speculation:
             history.scatter_(1, input_pos[:, None] + 1 + column, ids)
             tokens = ids.gather(1, accepted[:, None])[:, 0]
             input_pos = torch.minimum(input_pos + 1 + accepted, end)  # one that has ended waits for others
-            chosen = self.pace.choose()
+            chosen = self.choose(device)
             had, (guesses, found) = found, self.guess_from_text(history, input_pos, chosen)
             ids = ids.masked_fill(column > accepted[:, None], -1)
             host = torch.cat([ids, had[:, None], found[:, None]], 1).cpu()     # the one wait for the device
             hopeful = bool(host[:, -1].any())
             self.count(k, host[running], time.perf_counter() - began)
             yield host[:, :k + 1]
+
+    def choose(self, device: torch.device) -> int:
+        """k; where it follows the clock, rank 0's."""
+        k = self.pace.choose()
+        return k if self.pace.fixed else int(ranks.agree(torch.tensor(k, device=device)))
 
     def history(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Ids [B, L] by position, with room for the longest text and a block behind it."""

@@ -25,6 +25,7 @@ from model import attend as plain_attend
 
 SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
+EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
 
 
@@ -46,6 +47,16 @@ def available() -> bool:
         return False
     torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
     torch.library.register_fake("cpu_attention::attend", shape_of_attend)
+    return True
+
+
+def share_memory(path: str, rank: int, size: int) -> bool:
+    """Let `cpu_exchange::all_sum` add up small tensors over this machine's ranks, by way of a file they all map."""
+    if not available():
+        return False
+    torch.ops.load_library(build(SOURCES[0].with_name("exchange.cpp")))
+    torch.library.register_fake("cpu_exchange::all_sum", torch.empty_like)
+    torch.ops.cpu_exchange.join(path, rank, size)
     return True
 
 

@@ -25,9 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import ranks  # noqa: E402
+import tp  # noqa: E402
 from checkpoint import args_from  # noqa: E402
-from generate import (EAGER, Sampler, Sampling, bytes_per_token, compile_steps, decode_n_tokens,  # noqa: E402
-                      make_room, peak_memory, pick_device, probe_bandwidth, run_prefill)
+from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
+from generate import (EAGER, Sampler, Sampling, compile_steps, decode_n_tokens, make_room, pick_device,  # noqa: E402
+                      run_prefill)
 from model import Transformer  # noqa: E402
 from quantize import KINDS, describe, pack_model  # noqa: E402
 
@@ -52,6 +55,8 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
     args, _ = args_from(config, dict.fromkeys(tensor_names(config)))
     with torch.device("meta"):
         model = Transformer(args)
+    if ranks.size() > 1:
+        tp.cut(model)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -62,7 +67,10 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
             layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
             layer.dtype, module.weight = dtype, None
             setattr(model.get_submodule(parent), leaf, layer.pack())
-    return pack_model(model)
+    pack_model(model)
+    if ranks.size() > 1:
+        tp.connect(model)
+    return model
 
 
 def seconds(work) -> float:
@@ -85,6 +93,18 @@ def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capac
     return work
 
 
+def exchange_work(model: Transformer, rows: int):
+    """What the ranks exchange in one step, and nothing else: two sums a layer, the embedding's, the logits."""
+    x = model.norm.weight.new_zeros(rows, 1, model.args.dim)
+    logits, all_sum = x.new_zeros(rows, 1, -(-model.args.vocab_size // ranks.size())), tp.adder()
+
+    def work():
+        for _ in range(2 * model.args.n_layers + 1):
+            all_sum(x)
+        tp.all_columns(logits, model.args.vocab_size)[0, 0, 0].item()
+    return work
+
+
 @torch.no_grad()
 def measure(o: argparse.Namespace) -> dict:
     device = pick_device(o.device)
@@ -99,12 +119,15 @@ def measure(o: argparse.Namespace) -> dict:
     first_prefill = seconds(prefill)
     small = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.filled + o.new_tokens)
     first_decode = seconds(small)
-    times = {"probe": [], "decode": [], "prefill": [], "large_cache": []}
+    exchange = exchange_work(model, o.batch_size) if ranks.size() > 1 else None
+    times = {"probe": [], "decode": [], "prefill": [], "large_cache": [], "exchange": []}
     for _ in range(o.rounds):                       # alternating: all see the same drift
         times["probe"].append(probe_bandwidth(device, repeats=3))
         times["decode"].append(seconds(small) / o.new_tokens)
         if o.prompt_tokens:
             times["prefill"].append(seconds(prefill))
+        if ranks.size() > 1:
+            times["exchange"].append(seconds(exchange))
     if o.capacity:                                  # the same step with a large cache around the same tokens
         large = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.capacity - 16)
         seconds(large)
@@ -130,7 +153,11 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
         "prefill_tok_s": o.batch_size * o.prompt_tokens / median["prefill"],
         "ttft_s": median["prefill"] + median["decode"], "first_prefill_s": first_prefill,
         "compile_s": max(first_decode - o.new_tokens * median["decode"], 0.0) if o.compile else 0.0,
-        "peak_mem_bytes": peak_memory(device)}
+        "peak_mem_bytes": peak_memory(device), "ranks": ranks.size()}
+    if "exchange" in median:
+        peaks = [None] * ranks.size()
+        torch.distributed.all_gather_object(peaks, found["peak_mem_bytes"])
+        found |= {"communication_share": median["exchange"] / median["decode"], "peak_mem_bytes_of_ranks": peaks}
     if "large_cache" in median:
         found |= {"capacity": o.capacity, "large_cache_ratio": median["large_cache"] / median["decode"]}
     return found
@@ -152,11 +179,14 @@ def main():
     p.add_argument("--compile", action="store_true")
     p.add_argument("--compile_prefill", action="store_true")
     p.add_argument("--json", action="store_true")
+    ranks.hush()
     o = p.parse_args()
     try:
+        ranks.start(o.device)
         found = measure(o)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        ranks.fail(str(error))
+        sys.exit(1)
     if o.json:
         print(json.dumps(found))
         return
@@ -168,6 +198,9 @@ def main():
           f"{100 * found['share_of_bandwidth']:.0f} % of the probe")
     print(f"prefill of {o.prompt_tokens:<5d} {found['prefill_tok_s']:8.1f} tok/s   "
           f"first token after {found['ttft_s']:.3f} s")
+    if "communication_share" in found:
+        print(f"{found['ranks']} ranks          {100 * found['communication_share']:8.1f} % of a step is their "
+              f"exchange; peak memory {', '.join(f'{n / 1e9:.2f}' for n in found['peak_mem_bytes_of_ranks'])} GB")
     if "capacity" in found:
         print(f"{o.capacity} slots      {found['large_cache_ratio']:8.2f} x a step's time in a small cache")
     print(f"compilation      {found['compile_s']:8.1f} s; peak memory {found['peak_mem_bytes'] / 1e9:.2f} GB")

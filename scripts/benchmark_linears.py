@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
-from generate import probe_bandwidth  # noqa: E402
+from figures import probe_bandwidth  # noqa: E402
 from kernels.cpu import PackedLinear, available  # noqa: E402
 from quantize import Int4Linear, Int8Linear  # noqa: E402
 

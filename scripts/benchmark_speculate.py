@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import torch  # noqa: E402
 
 from benchmark import random_model, seconds  # noqa: E402
+from figures import probe_bandwidth  # noqa: E402
 from generate import (EAGER, Figures, Row, Sampler, Sampling, attended, compile_steps,  # noqa: E402
-                      decode_n_tokens, generate_rows, make_room, pick_device, probe_bandwidth)
+                      decode_n_tokens, generate_rows, make_room, pick_device)
 from speculate import Speculation, SpeculativeSteps, compile_speculation  # noqa: E402
 
 
