@@ -99,7 +99,7 @@ def choices(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Choices:
         return Choices(ids, torch.ones_like(ids, dtype=logits.dtype))
     k = min(s.top_k or V, V)
     if k < V or s.top_p < 1.0:
-        logits, ids = logits.topk(min(k + TIES, V))                                  # the likeliest first
+        logits, ids = largest(logits, min(k + TIES, V))                              # the likeliest first
         logits = logits.masked_fill(logits < logits[:, k - 1:k], -math.inf)
     else:
         ids = torch.arange(V, device=logits.device).expand_as(logits)
@@ -111,6 +111,17 @@ def choices(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Choices:
     if s.min_p > 0:
         probs = probs.masked_fill(probs < s.min_p * probs.amax(-1, keepdim=True), 0.0)
     return Choices(ids, probs / probs.sum(-1, keepdim=True))
+
+
+def largest(x: Tensor, n: int, block: int = 32) -> tuple[Tensor, Tensor]:
+    """x.topk(n) of x [B, V]; where V is large in two steps, twice as fast: the n largest values lie in the n blocks
+    with the largest maxima."""
+    if x.shape[1] < 4 * n * block:
+        return x.topk(n)
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block), value=-math.inf).unflatten(1, (-1, block))
+    chosen = blocks.amax(-1).topk(n, sorted=False).indices                           # [B, n]
+    values, at = blocks.gather(1, chosen[..., None].expand(-1, -1, block)).flatten(1).topk(n)
+    return values, chosen.gather(1, at // block) * block + at % block
 
 
 class Sampler:

@@ -199,20 +199,23 @@ def read_samples(o: argparse.Namespace, path: Path, model: Transformer) -> list[
             raise ValueError(f"calibration_file '{o.calibration_file}' is not UTF-8: {error.reason}") from None
     if not o.calibration_tasks:
         raise ValueError("int4-gptq needs text to look at: give --calibration_file FILE (or --calibration_tasks)")
-    documents = task_documents(o.calibration_tasks, o.calibration_limit)
+    documents = task_documents(o.calibration_tasks, o.calibration_limit, o.include_path)
     samples = [torch.tensor(tokenizer.encode(text)[:length]) for text in documents if text]
     return [ids for ids in samples if len(ids) > 1]
 
 
-def task_documents(tasks: list[str], limit: int) -> list[str]:
+def task_documents(tasks: list[str], limit: int, include_path: str | None) -> list[str]:
     """The first documents of lm-eval's tasks, question and answer."""
     try:
-        from lm_eval.tasks import TaskManager, get_task_dict
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("--calibration_tasks needs lm-eval: pip install 'lm_eval>=0.4.13' "
                          "(--calibration_file FILE needs nothing)") from None
-    texts = []
-    for task in get_task_dict(tasks, TaskManager()).values():
+    manager, texts = TaskManager(include_path=include_path), []
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"lm-eval knows no task '{unknown[0]}'; --include_path FOLDER adds your own")
+    for task in manager.load(tasks)["tasks"].values():
         rows = task.training_docs() if task.has_training_docs() else \
             task.validation_docs() if task.has_validation_docs() else task.test_docs()
         for _, row in zip(range(limit), rows):
@@ -301,6 +304,7 @@ def parser() -> argparse.ArgumentParser:
         help="of what is not quantized; default: as stored")
     add("--calibration_file", help="int4-gptq: text, or .jsonl with a \"text\" a line")
     add("--calibration_tasks", nargs="+", default=[], help="int4-gptq: tasks of lm-eval instead of a file")
+    add("--include_path", help="a folder with lm-eval task files of your own")
     add("--calibration_limit", type=int, default=128, help="samples at most; default: 128")
     add("--calibration_seq_length", type=int, default=0, help="tokens in a sample; default: 2048 or what the model takes")
     add("--pad_calibration_inputs", action="store_true",

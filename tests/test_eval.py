@@ -194,6 +194,20 @@ def tasks(tmp_path_factory):
     return folder
 
 
+def test_gptq_looks_at_tasks(tasks, monkeypatch, tmp_path, capsys):
+    """--calibration_tasks, to our own .pth; a task nobody knows is one sentence."""
+    import quantize_cli
+    from checkpoint import load_checkpoint
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["--checkpoint_path", str(STORIES), "--mode", "int4-gptq", "--include_path", str(tasks), "--quiet",
+             "--output", str(tmp_path / "q.pth"), "--calibration_tasks"]
+    assert quantize_cli.main([*words, "stories_choice"]) == 0
+    assert load_checkpoint(tmp_path / "q.pth").tok_embeddings.bits == 4
+    assert quantize_cli.main([*words, "no_such_task"]) in (1, 2)
+    assert "knows no task 'no_such_task'" in capsys.readouterr().err
+
+
 def test_the_same_numbers_as_lm_evals_own_model(tasks, monkeypatch, tmp_path):
     """The reference is lm-eval's HFLM with transformers; one token more or less of context shows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -132,6 +132,14 @@ def test_ties_with_the_kth_stay():
     assert drawn.nonzero()[:, 0].tolist() == [100, 101, 102, *range(700, 712)]
 
 
+def test_largest_equals_topk():
+    """A block that was not looked at, or ids that count from their block."""
+    x = torch.randn(3, 5003)
+    for n in (1, 7, 39, 200, 5003):
+        values, ids = g.largest(x, n)
+        assert torch.equal(values, x.topk(n).values) and torch.equal(x.gather(1, ids), values)
+
+
 def test_settings_fall_back_to_the_models_own():
     """A flag that loses against generation_config.json, or do_sample false that still samples."""
     model = random_model()

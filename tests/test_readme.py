@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -73,6 +74,29 @@ def test_commands_on_other_models_parse(command):
     words = shlex.split(command)
     assert words[:2] == ["python", "generate.py"]
     parser().parse_args(words[2:])
+
+
+def test_the_command_of_several_ranks_runs():
+    [command] = [b for b in BLOCKS if b.startswith("torchrun") and not any(f in b for f in FOREIGN) and "generate.py" in b]
+    done = run(command.replace("torchrun", "python -m torch.distributed.run"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 40 and done.stderr.count("tok/s") == 2
+
+
+def test_the_commands_of_the_quality_table_run(tmp_path):
+    """They leave files, so they run in a copy; with fewer stories to look at than on the page."""
+    if not (ROOT.parent / "shared/data/text/tinystories").is_dir():
+        pytest.skip("needs ../shared/data/text/tinystories")
+    home = tmp_path / "main"
+    shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns(".git", "__pycache__", "tests"))
+    (home / "tinystories").symlink_to(ROOT.parent / "shared/data/text/tinystories")
+    block = [b for b in BLOCKS if "split" in b]
+    assert len(block) == 3
+    for command in block:
+        command = command.replace("--calibration_limit 600", "--calibration_limit 10").replace("python ", f"{sys.executable} ")
+        done = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert 10 < float(re.search(r"perplexity ([\d.]+)", done.stdout)[1]) < 12
 
 
 def test_scripts_named_on_the_page_exist():
