@@ -392,6 +392,7 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 
 def run(o: argparse.Namespace):
     ranks.start(o.device)
+    ranks.same("their flags", {k: v for k, v in vars(o).items() if not k.endswith("path")})
     began = time.perf_counter()
     model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype,
                                   trust_architecture=o.trust_architecture)

@@ -73,7 +73,7 @@ def hush():
 def fail(message: str):
     """One message, from whichever rank fails first; the others fail because of it."""
     if size() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
-        print(f"error: {message}", file=sys.__stderr__, flush=True)
+        print(f"error: {message}", file=sys.__stderr__ if rank() else sys.stderr, flush=True)    # others are hushed
 
 
 def agree(t: Tensor) -> Tensor:
@@ -82,6 +82,15 @@ def agree(t: Tensor) -> Tensor:
         t = t.contiguous()
         dist.broadcast(t, 0)
     return t
+
+
+def same(what: str, value):
+    """ValueError on every rank where not all have the same value: unlike programs would wait for each other."""
+    told = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(told, value)
+    if told != [value] * size():
+        raise ValueError(f"the ranks differ in {what}: start all of them with the same command and checkpoint")
 
 
 def hear(ask: Callable[[], str], turns=count()) -> str:

@@ -25,6 +25,7 @@ MODELS = {
     "tied": families.Family("llama", WIDE | dict(tie_word_embeddings=True)),
     "qwen3": families.Family("qwen3", WIDE), "olmo2": families.Family("olmo2", WIDE),
     "gemma2": families.Family("gemma2", WIDE | dict(sliding_window=8, query_pre_attn_scalar=24)),
+    "even": families.Family("llama", dict(intermediate_size=192, vocab_size=101, num_hidden_layers=2)),
     "uneven": families.Family("llama", WIDE | dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8)),
 }
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -45,6 +46,8 @@ def folder(tmp_path_factory):
         (folder / mode).mkdir()
         assert quantize_cli.main(["--checkpoint_path", str(folder / "biases"), "--mode", mode, "--quiet",
                                   "--output", str(folder / mode / "model.safetensors")]) == 0
+    assert quantize_cli.main(["--checkpoint_path", str(folder / "even"), "--mode", "int4", "--quiet", "--format",
+                              "compressed-tensors", "--output", str(folder / "foreign")]) == 0
     return folder
 
 
@@ -58,7 +61,7 @@ def found(folder, tmp_path_factory):
     return {n: [torch.load(f"{out}/{n}.{r}") for r in range(max(n, 1))] for n in (0, 2, 4)}
 
 
-CASES = [f"{name}-float32" for name in (*MODELS, "int8", "int4")] + [f"{name}-bfloat16" for name in ("llama", "int8", "int4")]
+CASES = [f"{name}-float32" for name in (*MODELS, "foreign", "int8", "int4")] + [f"{name}-bfloat16" for name in ("llama", "int8", "int4")]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -93,13 +96,16 @@ def test_a_rank_reads_and_holds_its_part(found, case, n):
 def test_speculation_on_ranks(found, n):
     """Ranks whose guesses, noise or number of guesses differ hang; the worker's time limit would end it."""
     several = [rank["speculation"] for rank in found[n]]
-    assert several[0]["ids"] == found[0][0]["speculation"]["ids"] and len(several[0]["ids"]) == 200
+    assert several[0]["ids"] == found[0][0]["speculation"]["ids"] and len(several[0]["ids"]) == 220
     assert all(rank["drawn"] == several[0]["drawn"] for rank in several)
 
 
 def test_compiled_on_ranks(found):
     """A graph break at a sum, which fullgraph refuses, or a sum that was optimized away."""
     assert all(rank["compiled"]["ids"] == found[0][0]["llama-float32"]["ids"] for rank in found[2])
+
+
+GREEDY = ["generate.py", "--temperature", "0", "--max_new_tokens", "20", "--dtype", "float32"]
 
 
 def test_two_nodes(folder, found, tmp_path):
@@ -112,10 +118,17 @@ def test_two_nodes(folder, found, tmp_path):
                                found[0][0]["llama-float32"]["whole"], rtol=0, atol=1e-4)
 
 
+def test_nodes_with_unlike_commands():
+    """Ranks that draw unlike numbers of tokens wait for each other; they must say so instead."""
+    nodes = [subprocess.Popen([*TORCHRUN, "--nnodes=3", f"--node_rank={i}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+                               "--master_port=29632", *GREEDY, "--top_k", str(5 + i // 2)], cwd=ROOT, env=ENV,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for i in range(3)]
+    errors = "".join(node.communicate(timeout=60)[1] for node in nodes)
+    assert all(node.returncode for node in nodes)
+    assert errors.count("error: the ranks differ in their flags") == 1 and 'generate.py", line' not in errors
+
+
 # ---- the command line ------------------------------------------------------------------------------------------
-
-GREEDY = ["generate.py", "--temperature", "0", "--max_new_tokens", "20", "--dtype", "float32"]
-
 
 def test_one_rank_and_three_tell_the_same_story():
     plain = launch(0, *GREEDY)
@@ -149,6 +162,24 @@ def test_heads_that_cannot_be_shared_out():
     assert "1, 3 ranks would do" in done.stderr and 'generate.py", line' not in done.stderr
 
 
+@pytest.mark.parametrize("who", ["torchrun", "rank"])
+def test_ctrl_c_ends_all(who):
+    """A rank that catches the interrupt while another waits for its sum."""
+    run = subprocess.Popen([*TORCHRUN, "--standalone", "--nproc_per_node=3", *GREEDY[:1], "--max_new_tokens", "900",
+                            "--max_seq_length", "1000", "--ignore_eos", "--num_samples", "50"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENV, start_new_session=True)
+    assert run.stdout.read(20)
+    os.killpg(run.pid, signal.SIGINT) if who == "torchrun" else os.kill(ranks_of(run)[0], signal.SIGINT)
+    began = time.perf_counter()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0 and time.perf_counter() - began < 30 and 'generate.py", line' not in errors
+
+
+def ranks_of(run) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    return [int(n) for n in found][-3:]
+
+
 def test_a_killed_rank_ends_all():
     """Ranks that wait for a dead one for ever."""
     run = subprocess.Popen([*TORCHRUN, "--standalone", "--nproc_per_node=3", *GREEDY[:1], "--interactive"],
@@ -157,8 +188,7 @@ def test_a_killed_rank_ends_all():
         run.stdin.write("Once upon a time\n")
     run.stdin.flush()
     assert run.stdout.readline()                                # they are at work
-    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    os.kill(ranks_of(run)[-1], signal.SIGKILL)
     began = time.perf_counter()
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0 and time.perf_counter() - began < 30
