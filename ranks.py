@@ -5,6 +5,7 @@ no-op. Rank 0 reads the input, its draws are everybody's, it alone prints; which
 is not: how a model is shared out; that is tp.py, which is what to read next.
 """
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def start(device: str = "auto"):
     """Join the ranks that torchrun started, if there are several."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # torchrun ends on Ctrl-C; who waits for a sum would not hear it
     on_cuda = device.startswith(("auto", "cuda")) and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

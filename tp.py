@@ -18,7 +18,7 @@ from torch import Tensor
 import ranks
 from kernels import cpu
 from model import FEW, ModelArgs, Transformer
-from quantize import QuantizedLinear, SplitLinear, describe
+from quantize import QuantizedLinear, SplitLinear
 from ranks import rank, size
 
 Ranges = list[tuple[int, int]]          # first and last + 1, of the whole tensor
@@ -97,7 +97,8 @@ def cut_layer(layer: nn.Module, name: str, dim: int, ranges: Ranges) -> dict[str
 def connect(model: Transformer):
     """Let the parts, filled and packed, work as one model."""
     a, all_sum = model.args, adder()
-    ranks.same("their models", (a, str(model.norm.weight.dtype), describe(model)))
+    bits = [layer.bits for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    ranks.same("their models", (a, str(model.norm.weight.dtype), bits))
     for block in model.layers:
         block.attention.wo.register_forward_hook(lambda layer, args, y: all_sum(y))
         block.feed_forward.w2.register_forward_hook(lambda layer, args, y: all_sum(y))
