@@ -37,6 +37,9 @@ class Family:
     sqrt_embedding: bool = False
     plain_local_rope: bool = False                              # layers with a window do without rope scaling
     rope_needs_window: bool = False                    # with a window in the model, other layers have no rope
+    renormalizes: bool = False                                  # its routing, whatever `norm_topk_prob` says
+    clamps: bool = False                                        # its SwiGLU
+    stacks_columns: bool = False                                # stacked experts are transposed, gate and up mixed
     keys: tuple[str, ...] = ()                                  # those of GUARDED it defines
 
 
@@ -50,6 +53,10 @@ def late(i, c):
 
 def even(i, c):
     return i % 2 == 0
+
+
+def even_late(i, c):                    # as transformers has it, though the config's name says otherwise
+    return even(i, c) and i < c["max_window_layers"]
 
 
 def patterned(i, c):
@@ -72,14 +79,25 @@ GEMMA = {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256}
 GRANITE = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
 OLMO = {"rms_norm_eps": 1e-5}
+GRANITE_MOE = {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 1.0}
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096}
 
 FAMILIES = {
     "llama": Family(),
     "mistral": Family({"sliding_window": 4096}, every),
     "ministral": Family({"sliding_window": 4096}, every),
-    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6}, every),
+    "mixtral": Family({"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+                       "num_local_experts": 8, "num_experts_per_tok": 2}, every, renormalizes=True),
     "qwen2": Family(QWEN, late),
+    "qwen2_moe": Family(QWEN | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                                "shared_expert_intermediate_size": 5632}, even_late),
     "qwen3": Family(QWEN | {"head_dim": 128}, late),
+    "qwen3_moe": Family({"sliding_window": None, "use_sliding_window": False, "num_experts": 128,
+                         "num_experts_per_tok": 8, "moe_intermediate_size": 768}, every),
+    "gpt_oss": Family({"sliding_window": 128, "head_dim": 64, "rope_theta": 1.5e5, "rms_norm_eps": 1e-5,
+                       "rope_parameters": YARN, "num_local_experts": 128, "num_experts_per_tok": 4}, even,
+                      "float32", renormalizes=True, clamps=True, stacks_columns=True),
     "gemma": Family(GEMMA, norm_style="gemma", sqrt_embedding=True),
     "gemma2": Family(GEMMA | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
                               "final_logit_softcapping": 30.0}, even, "gemma", True, keys=CAPS),
@@ -90,25 +108,37 @@ FAMILIES = {
     "smollm3": Family({"rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False}, without_rope,
                       keys=("no_rope_layers",)),
     "olmo2": Family(OLMO, norm_style="float32"),
+    "olmoe": Family(OLMO | {"num_experts": 64, "num_experts_per_tok": 8}),
     "olmo3": Family(OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
                     "float32", plain_local_rope=True),
     "granite": Family(keys=GRANITE),
+    "granitemoe": Family(GRANITE_MOE, keys=GRANITE, renormalizes=True),
+    "granitemoeshared": Family(GRANITE_MOE | {"shared_intermediate_size": 0}, keys=GRANITE, renormalizes=True),
     "seed_oss": Family({"head_dim": 128}),
     "internlm3": Family({"rms_norm_eps": 1e-5, "head_dim": 128}),
     "exaone4": Family({"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}, patterned,
                       rope_needs_window=True),
 }
 DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "max_position_embeddings": 2048}
+# What would need another block: refused with the reason
+UNSUPPORTED = {"llama4": "attention in chunks", "llama4_text": "attention in chunks",
+               "phimoe": "LayerNorm and sparse-mixer routing", "dbrx": "LayerNorm and fused blocks"} | dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite", "glm_moe_dsa"),
+    "multi-head latent attention") | dict.fromkeys(
+    ("glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "dots1"), "another kind of routing") | dict.fromkeys(
+    ("qwen3_next", "granitemoehybrid", "jamba", "minimax", "bamba", "mamba", "nemotron_h"), "layers without attention")
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}     # multimodal: the text part's model_type, if unsaid
 VISION = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # Keys that change the mathematics, and that a family without them would ignore silently
 GUARDED = (*GRANITE, *CAPS, "no_rope_layers", "clip_qkv", "use_bidirectional_attention")
+CLAMP = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}            # model.silu_clamped's; a config with others is refused
 
 
 def args_from(config: dict, tensors: dict, trust: bool = False) -> tuple[ModelArgs, dict]:
     """config.json and tensors (name -> whatever has a shape, or None) -> ModelArgs, and the text part's
     tensors."""
+    refuse(config)
     refuse_quantized(config)
     config, tensors = text_part(config, tensors)
     places = all_places(tensors, config.get("model_type"))
@@ -123,7 +153,7 @@ def args_from(config: dict, tensors: dict, trust: bool = False) -> tuple[ModelAr
             n_heads=c["num_attention_heads"], n_kv_heads=c["num_key_value_heads"], head_dim=c["head_dim"],
             ffn_dim=c["intermediate_size"], max_position=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"],
             norm_style=family.norm_style, activation=activation(c, family), ropes=ropes, layer_ropes=layer_ropes,
-            layer_windows=windows, **switches(c, places), **scalars(c, family)), tensors
+            layer_windows=windows, **switches(c, places), **scalars(c, family), **experts(c, family, places)), tensors
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}") from None
 
@@ -135,6 +165,12 @@ def all_places(tensors: dict, model_type: str | None) -> dict[tuple[str, str], t
 
 
 QUANTIZED = ("gptq", "awq", "compressed-tensors")      # read by foreign.py; of others the tensors' meaning is unknown
+
+
+def refuse(config: dict):
+    for c in (config, config.get("text_config") or {}):
+        if reason := UNSUPPORTED.get(str(c.get("model_type"))):
+            raise CheckpointError(f"unsupported model: model_type '{c['model_type']}' has {reason}")
 
 
 def refuse_quantized(config: dict):
@@ -214,6 +250,11 @@ def activation(config: dict, family: Family) -> str:
     name = config.get("hidden_activation") or config["hidden_act"]
     if name not in ACTIVATIONS:
         raise CheckpointError(f"unsupported model: hidden_act '{name}'; known are {', '.join(ACTIVATIONS)}")
+    if family.clamps:
+        for key, known in CLAMP.items():
+            if config.get(key, known) != known:
+                raise CheckpointError(f"unsupported model: {key} = {config[key]} in config.json, only {known} is known")
+        return "silu_clamped"
     return "gelu_tanh" if family.sqrt_embedding and name == "gelu" else ACTIVATIONS[name]   # early Gemma configs
 
 
@@ -244,7 +285,29 @@ def switches(config: dict, places: dict) -> dict:
     return norms | {"qk_norm": qk_norm,
                     "tied": not stored_head and config.get("tie_word_embeddings") is not False,
                     "qkv_bias": "attention.wqkv.bias" in there, "o_bias": "attention.wo.bias" in there,
-                    "ffn_bias": "feed_forward.w2.bias" in there, "output_bias": "output.bias" in there}
+                    "attention_sinks": "attention.sinks" in there, "output_bias": "output.bias" in there,
+                    "ffn_bias": "feed_forward.w2.bias" in there or "feed_forward.experts.0.w2.bias" in there}
+
+
+def experts(c: dict, family: Family, places: dict) -> dict:
+    """Where there are routers: how many experts, how wide, and which layers do without."""
+    sparse = {int(parameter.split(".")[1]) for parameter, _ in places if parameter.endswith("feed_forward.router.weight")}
+    X = c.get("num_local_experts") or c.get("num_experts") or 0
+    if not sparse:
+        if X > 1:
+            raise CheckpointError(f"config.json says {X} experts, but there is no router among the tensors")
+        return {}
+    there = {re.sub(r"^layers\.\d+\.", "", parameter) for parameter, _ in places}
+    shared = "feed_forward.shared.w2.weight" in there
+    A = c["num_experts_per_tok"]
+    if not 0 < A <= X:
+        raise CheckpointError(f"config.json wants {A} experts a token (num_experts_per_tok), but there are {X}")
+    return {"n_experts": X, "active_experts": A, "expert_dim": c.get("moe_intermediate_size") or c["intermediate_size"],
+            "shared_dim": (c.get("shared_expert_intermediate_size") or c["shared_intermediate_size"]) if shared else 0,
+            "shared_gate": "feed_forward.shared_gate.weight" in there,
+            "renormalize": family.renormalizes or bool(c.get("norm_topk_prob")),
+            "router_bias": "feed_forward.router.bias" in there,
+            "dense_layers": [i for i in range(c["num_hidden_layers"]) if i not in sparse]}
 
 
 def layer_kinds(c: dict, family: Family, layers: int) -> tuple[list[RopeArgs], list[int], list[int]]:
@@ -322,6 +385,16 @@ NAMES = {   # within a layer: foreign module -> our module and its part, "" for 
     "mlp.up_proj": ("feed_forward.w13", "up"),
     "mlp.gate_up_proj": ("feed_forward.w13", ""),
     "mlp.down_proj": ("feed_forward.w2", ""),
+    "mlp.gate": ("feed_forward.router", ""),
+    "mlp.router": ("feed_forward.router", ""),
+    "block_sparse_moe.gate": ("feed_forward.router", ""),
+    "block_sparse_moe.router.layer": ("feed_forward.router", ""),
+    "mlp.shared_expert.gate_proj": ("feed_forward.shared.w13", "gate"),
+    "mlp.shared_expert.up_proj": ("feed_forward.shared.w13", "up"),
+    "mlp.shared_expert.down_proj": ("feed_forward.shared.w2", ""),
+    "mlp.shared_expert_gate": ("feed_forward.shared_gate", ""),
+    "shared_mlp.input_linear": ("feed_forward.shared.w13", ""),
+    "shared_mlp.output_linear": ("feed_forward.shared.w2", ""),
     "input_layernorm": ("attention_norm", ""),
     "post_attention_layernorm": ("ffn_norm", ""),               # unless there is a post_feedforward_layernorm
     "pre_feedforward_layernorm": ("ffn_norm", ""),
@@ -336,16 +409,24 @@ NATIVE_NAMES = {    # Meta, Mistral, llama2.c, gpt-fast; all with interleaved ro
     "feed_forward.w1": ("feed_forward.w13", "gate"),
     "feed_forward.w3": ("feed_forward.w13", "up"),
     "feed_forward.w2": ("feed_forward.w2", ""),
+    "feed_forward.gate": ("feed_forward.router", ""),
     "attention_norm": ("attention_norm", ""),
     "ffn_norm": ("ffn_norm", ""),
 }
+EXPERT = re.compile(r"^(?:mlp|block_sparse_moe|feed_forward)\.experts\.(\d+)\.(\w+)$")
+EXPERT_NAMES = {"gate_proj": ("w13", "gate"), "up_proj": ("w13", "up"), "gate_up_proj": ("w13", ""),
+                "down_proj": ("w2", ""), "w1": ("w13", "gate"), "w3": ("w13", "up"), "w2": ("w2", "")}
+# All experts of a layer in one tensor: module -> what one expert's would be called
+STACKED = {"mlp.experts.gate_up_proj": "gate_up_proj", "mlp.experts.down_proj": "down_proj",
+           "block_sparse_moe.input_linear": "gate_up_proj", "block_sparse_moe.output_linear": "down_proj"} | {
+               f"block_sparse_moe.{middle}{w}": w for middle in ("", "cond_ffn.") for w in ("w1", "w2", "w3")}
 OUTER = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
 NATIVE_OUTER = {"tok_embeddings": "tok_embeddings", "norm": "norm", "output": "output"}
 PREFIX = re.compile(r"^(_orig_mod\.|module\.|model\.|language_model\.)*")
 LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|rope\.freqs$|(^|\.)freqs_(cos|sin|cis)$|\.attn\.masked_bias$")
 
 
-LEAVES = ("weight", "bias", "scales", "zeros", "perm")         # the last three: of quantized layers
+LEAVES = ("weight", "bias", "sinks", "scales", "zeros", "perm")         # the last three: of quantized layers
 
 
 @dataclass
@@ -366,6 +447,17 @@ class Stored:
         cut = [(read, max(start - at, 0), min(stop - at, size)) for at, read in spans]
         pieces = [lambda read=read, a=a, b=b: read().narrow(dim, a, b - a) for read, a, b in cut if a < b]
         return Stored((*self.shape[:dim], stop - start, *self.shape[dim + 1:]), self.dtype, pieces, self.dim)
+
+
+    def turned(self, transposed: bool, first: bool, mixed: bool) -> "Stored":
+        """As it is, or: the only one of the first dimension; transposed; even rows first, then odd ones."""
+        def read(rows: slice) -> Tensor:
+            t = torch.cat([read() for read in self.pieces], self.dim) if len(self.pieces) > 1 else self.pieces[0]()
+            t = t[0] if first else t
+            return (t.t() if transposed else t)[rows]
+        shape = self.shape[1:] if first else self.shape
+        orders = [slice(0, None, 2), slice(1, None, 2)] if mixed else [slice(None)]
+        return Stored(shape[::-1] if transposed else shape, self.dtype, [lambda r=r: read(r) for r in orders])
 
 
 @dataclass
@@ -394,6 +486,26 @@ def cut_parts(parts: list[Part], dim: int, ranges: list[tuple[int, int]]) -> lis
     return kept
 
 
+def unstack(tensors: dict[str, Stored], config: dict) -> dict[str, Stored]:
+    """Tensors that hold all experts of a layer, as one for each expert, unread."""
+    found = {}
+    for name, stored in tensors.items():
+        match = re.match(r"(.*?layers\.\d+\.)([\w.]+?)(_bias|\.weight|)$", name)
+        if not match or match[2] not in STACKED:
+            found[name] = stored
+            continue
+        layer, leaf = match[1], "bias" if match[3] == "_bias" else "weight"
+        flat = len(stored.shape) == 2 and leaf == "weight"      # Mistral's files: [X * F, D], the last one transposed
+        X = config.get("num_local_experts") or config.get("num_experts") or 1 if flat else stored.shape[0]
+        columns = FAMILIES.get(str(config.get("model_type")), Family()).stacks_columns
+        for e in range(X):
+            one = stored.narrow(0, e * stored.shape[0] // X, (e + 1) * stored.shape[0] // X)
+            one = one.turned(flat and match[2].endswith("w2") or columns and leaf == "weight", not flat,
+                             columns and "gate_up" in match[2])
+            found[f"{layer}mlp.experts.{e}.{STACKED[match[2]]}.{leaf}"] = one
+    return found
+
+
 def place(name: str, names) -> tuple[str, str] | None:
     """A foreign tensor's (parameter, part) in our model; None for a known leftover; KeyError if it has no
     place."""
@@ -406,7 +518,10 @@ def place(name: str, names) -> tuple[str, str] | None:
     if not module.startswith("layers."):
         return f"{(OUTER | NATIVE_OUTER)[module]}.{leaf}", ""
     _, layer, module = module.split(".", 2)
-    ours, part = (NAMES | NATIVE_NAMES)[module]
+    if found := EXPERT.match(module):
+        ours, part = EXPERT_NAMES[found[2]]
+        return f"layers.{layer}.feed_forward.experts.{int(found[1])}.{ours}.{leaf}", part
+    ours, part = (NAMES | NATIVE_NAMES | {"self_attn": ("attention", "")})[module]
     if module == "post_attention_layernorm" and \
             name.replace("post_attention_layernorm", "post_feedforward_layernorm") in names:
         ours = "post_attention_norm"
@@ -432,7 +547,6 @@ def plan(model: Transformer, names, model_type: str | None = None, own: bool = F
     parts (q, k, v; gate, up) stay apart, as children of these names."""
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     steps = {name: [] for name in shapes}
-    rows = part_rows(model.args)
     tied_to = "tok_embeddings.weight" if model.args.tied else "output.weight"
     for name in names:
         where = (name, "") if own else check_place(name, names, model_type)
@@ -449,15 +563,16 @@ def plan(model: Transformer, names, model_type: str | None = None, own: bool = F
             steps[parameter] = [Part(name, 0, shapes[parameter][0])]
             continue
         interleaved = not own and ".attention.w" in name and parameter.split(".")[-2] == "wqkv"
-        span = rows.get(part) or (0, shapes[parameter][0])
+        span = part_rows(model.args, shapes[parameter][0]).get(part) or (0, shapes[parameter][0])
         steps[parameter] += parts_of(name, span, part, interleaved, model.args)
     for parameter, parts in steps.items():
-        check_cover(parameter, parts, shapes[parameter][0], rows, names, own)
+        check_cover(parameter, parts, shapes[parameter][0], part_rows(model.args, shapes[parameter][0]), names, own)
     return steps
 
 
-def part_rows(args: ModelArgs) -> dict[str, tuple[int, int]]:
-    q, kv, f = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+def part_rows(args: ModelArgs, size: int = 0) -> dict[str, tuple[int, int]]:
+    """The rows of each part; gate and up are the halves of `size`."""
+    q, kv, f = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, size // 2
     return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}
 
 
@@ -487,9 +602,18 @@ def check_cover(parameter: str, parts: list[Part], size: int, rows: dict, names,
 
 
 def foreign_name(parameter: str, part: str, names) -> str:
-    """Our parameter under the name it would have among `names`."""
+    """Our parameter under the name it would have among `names`; an expert's is its neighbour's with its numbers."""
+    if ".experts." in parameter:
+        numbers = iter(re.findall(r"\d+", parameter))
+        part = part or ("gate" if ".w13." in parameter else "")
+        like = next((n for n in names if ".experts." in n and EXPERT_NAMES.get(n.split(".")[-2]) in
+                     [(parameter.split(".")[-2], p) for p in (part, "")]), parameter)
+        layer, expert = next(numbers), next(numbers)
+        return re.sub(r"experts\.\d+", f"experts.{expert}", re.sub(r"layers\.\d+", f"layers.{layer}", like))
     native = any(".attention.w" in n for n in names)
     module, _, leaf = parameter.rpartition(".")
+    if leaf == "sinks":
+        return "model." + parameter.replace("attention", "self_attn")
     prefix = "" if native or module == "output" else "model."
     if not module.startswith("layers."):
         outer = {ours: theirs for theirs, ours in (NATIVE_OUTER if native else OUTER).items()}

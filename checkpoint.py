@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from architecture import CheckpointError, Part, Stored, args_from, cut_parts, plan
+from architecture import CheckpointError, Part, Stored, args_from, cut_parts, plan, unstack
 from foreign import by_place, read_quantized, split_layers
 from model import ModelArgs, Transformer
 from quantize import QuantizedLinear, SplitLinear, empty_layer
@@ -156,11 +156,7 @@ def source_args(source: Source, trust_architecture: bool = False) -> ModelArgs:
     """ModelArgs of an opened checkpoint; raises CheckpointError for what this Transformer is not."""
     if source.own:
         return own_args(source)
-    text = source.config.get("text_config") or source.config
-    if any(text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
-        raise CheckpointError(f"unsupported model: mixtures of experts (model_type '{text.get('model_type')}') cannot "
-                              "be loaded yet")
-    logical = read_quantized(source.config, source.tensors)
+    logical = unstack(read_quantized(source.config, source.tensors), source.config)
     args, source.tensors = args_from(source.config, logical, trust_architecture)
     return args
 
@@ -464,6 +460,8 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
     tensors = dict(slices[0])
     if len(slices) == 1:
         return tensors
+    if sum(map(len, slices)) == len(set().union(*slices)):      # Mixtral's: each file has tensors of its own, whole
+        return {name: t for s in slices for name, t in s.items()}
     if "norm.weight" not in tensors:
         raise CheckpointError("the consolidated files lack tensor 'norm.weight'")
     width = math.prod(tensors["norm.weight"].shape)
@@ -487,7 +485,7 @@ def join_slices(slices: list[dict[str, Stored]]) -> dict[str, Stored]:
 def native_config(path: Path, tensors: dict[str, Stored]) -> dict:
     """Meta's and Mistral's params.json."""
     params = read_json(path)
-    foreign = [k for k in ("moe", "vision_encoder", "q_lora_rank", "quantization", "yarn", "llama_4_scaling", "lora")
+    foreign = [k for k in ("vision_encoder", "q_lora_rank", "quantization", "yarn", "llama_4_scaling", "lora")
                if params.get(k)]
     if foreign:
         raise CheckpointError(f"unsupported model: '{path}' asks for '{foreign[0]}'")
@@ -498,7 +496,8 @@ def native_args(params: dict, tensors: dict[str, Stored], path: Path) -> dict:
     """dim, n_layers, n_heads, ... under Hugging Face's names. What is left out is read off the tensors."""
     try:
         table = next(t for n, t in tensors.items() if n.endswith("tok_embeddings.weight"))
-        gate = next(t for n, t in tensors.items() if n.endswith("feed_forward.w2.weight"))
+        width = params["hidden_dim"] if params.get("moe") and "hidden_dim" in params else next(
+            t for n, t in tensors.items() if re.search(r"feed_forward\.(experts\.\d+\.)?w2\.weight$", n)).shape[-1]
     except StopIteration:
         raise CheckpointError(f"'{path}' has no tok_embeddings.weight or no feed_forward.w2.weight beside it") from None
     for key in ("dim", "n_layers", "n_heads"):
@@ -507,11 +506,14 @@ def native_args(params: dict, tensors: dict[str, Stored], path: Path) -> dict:
     theta = params.get("rope_theta") or 10000.0
     config = {"model_type": "llama", "hidden_size": params["dim"], "num_hidden_layers": params["n_layers"],
               "num_attention_heads": params["n_heads"], "num_key_value_heads": params.get("n_kv_heads"),
-              "head_dim": params.get("head_dim"), "intermediate_size": gate.shape[-1], "vocab_size": table.shape[0],
+              "head_dim": params.get("head_dim"), "intermediate_size": width, "vocab_size": table.shape[0],
               "rms_norm_eps": params.get("norm_eps") or 1e-5, "rope_theta": theta,
               "max_position_embeddings": params.get("max_seq_len") or NATIVE_LENGTHS.get(theta, 4096)}
     if params.get("sliding_window"):
         config |= {"model_type": "mistral", "sliding_window": params["sliding_window"]}
+    if moe := params.get("moe"):
+        config |= {"model_type": "mixtral", "num_local_experts": moe.get("num_experts"),
+                   "num_experts_per_tok": moe.get("num_experts_per_tok")}
     if params.get("use_scaled_rope"):   # the factor is not stored: 8 in Meta's code, 32 in the small models' configs
         config["max_position_embeddings"] = 131072
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if params["dim"] <= 3072 else 8.0,

@@ -18,10 +18,11 @@ import torch
 
 import ranks
 from figures import bytes_per_token, peak_memory, probe_bandwidth
-from generate import (BUNDLED, EAGER, PAD, Figures, Row, Sampler, Sampling, Steps, compile_steps, decode_n_tokens,
-                      generate_rows, load_model, make_room, rows_for, run_prefill)
+from generate import (BUNDLED, EAGER, PAD, Figures, Row, Steps, compile_steps, decode_n_tokens, generate_rows, load_model,
+                      make_room, rows_for, run_prefill)
 from model import Transformer
 from quantize import describe
+from sampling import Sampler, Sampling
 from speculate import (MOST, Acceptance, Speculation, SpeculativeSteps, check_same_tokens,
                        compile_speculation, plain_step_seconds)
 from speculate import warm_up as warm_up_speculation

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 import ranks
-from generate import (BUNDLED, EAGER, PAD, Sampling, attended, compile_steps, generate_rows, load_model, make_room,
-                      rows_for, symbolic)
+from generate import (BUNDLED, EAGER, PAD, attended, compile_steps, generate_rows, load_model, make_room, rows_for,
+                      symbolic)
 from gptq import document
 from model import Transformer
 from quantize import describe
+from sampling import Sampling
 from tokenizer import Tokenizer
 
 LOGITS = 1 << 26                        # numbers in one call's logits: 256 MB, whatever the vocabulary

@@ -7,16 +7,20 @@ import time
 
 import torch
 
-from model import KVCache, Transformer
+from model import KVCache, MoEFeedForward, Transformer
 
 
 def bytes_per_token(model: Transformer) -> int:
     """Weight bytes that one decode step reads: everything but an embedding table that is not also the
-    head."""
+    head, and the experts that a token does not choose."""
     unread = None if model.output is None else model.tok_embeddings
     modules = [m for m in model.modules() if m is not unread and not isinstance(m, KVCache)]
-    return sum(t.nbytes for m in modules for n, t in [*m.named_parameters("", False), *m.named_buffers("", False)]
-               if not (n == "weight" and getattr(m, "packed", None) is not None))     # many rows' twin of `packed`
+
+    def weights(modules) -> int:
+        return sum(t.nbytes for m in modules for n, t in [*m.named_parameters("", False), *m.named_buffers("", False)]
+                   if not (n == "weight" and getattr(m, "packed", None) is not None))     # many rows' twin of `packed`
+    idle = [(moe, 1 - moe.active / len(moe.experts)) for moe in modules if isinstance(moe, MoEFeedForward)]
+    return weights(modules) - round(sum(weights(moe.experts.modules()) * share for moe, share in idle))
 
 
 def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:

@@ -1,15 +1,15 @@
 """The Transformer: one decoder-only model whose switches cover Llama, Mistral, Qwen, Gemma, Phi, OLMo,
-Granite, ...
+Granite, gpt-oss, ..., with dense layers or mixtures of experts.
 
 What it is: the mathematics of a token's way from id to logits, with a static key/value cache that is
 addressed by position. What it is not: nothing here knows a device, a dtype policy, a rank, torch.compile or a
 file.
 
 Reading order: `ModelArgs` (every switch), `Transformer.forward`, `TransformerBlock`, `Attention`, `KVCache`,
-`FeedForward`, `RMSNorm`, the rotary embeddings. Then generate.py, which turns the forward into text.
+`FeedForward`, `MoEFeedForward`, `RMSNorm`, the rotary embeddings. Then generate.py, which turns the forward into text.
 
 Shapes, here and everywhere: B batch, T tokens in this call, S cache slots, D model width, H query heads, K
-key/value heads, E head width, F feed-forward width, V vocabulary.
+key/value heads, E head width, F feed-forward width, V vocabulary, X experts, A active ones.
 """
 import math
 from dataclasses import asdict, dataclass, field
@@ -59,10 +59,20 @@ class ModelArgs:
     ffn_bias: bool = False
     output_bias: bool = False
     qk_norm: str = ""                      # head: over each head's E; full: over all heads together; "": none
-    activation: str = "silu"                # silu, gelu, gelu_tanh
+    activation: str = "silu"                # silu, gelu, gelu_tanh, silu_clamped
+
+    n_experts: int = 0                      # in each layer but the dense ones; 0: all are dense
+    active_experts: int = 0                 # of them, for each token
+    expert_dim: int = 0                     # F of an expert; 0: ffn_dim
+    shared_dim: int = 0                     # F of one more that every token passes; 0: there is none
+    shared_gate: bool = False               # each token weighs it
+    renormalize: bool = True                # the active experts' weights add up to 1
+    router_bias: bool = False
+    dense_layers: list[int] = field(default_factory=list)
 
     attention_scale: float = 0.0            # of q @ k.T; 0: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0          # 0: none; c: scores become c tanh(scores / c), before the mask
+    attention_sinks: bool = False           # a learned score per head that takes its share of attention to nowhere
     output_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -77,6 +87,7 @@ class ModelArgs:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.ffn_dim = self.ffn_dim or -(-8 * self.dim // 3 // 256) * 256
+        self.expert_dim = self.expert_dim or self.ffn_dim
         self.attention_scale = self.attention_scale or self.head_dim ** -0.5
         self.ropes = [r if isinstance(r, RopeArgs) else RopeArgs(**r) for r in self.ropes]
         self.layer_ropes = self.layer_ropes or [0] * self.n_layers
@@ -90,6 +101,8 @@ class ModelArgs:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unsupported activation '{self.activation}'; "
                              f"known are {', '.join(ACTIVATIONS)}")
+        if self.n_experts and not 0 < self.active_experts <= self.n_experts:
+            raise ValueError(f"{self.active_experts} active experts a token, but there are {self.n_experts}")
         if not len(self.layer_ropes) == len(self.layer_windows) == self.n_layers:
             raise ValueError(f"{self.n_layers} layers, but a rope for {len(self.layer_ropes)} "
                              f"and a window for {len(self.layer_windows)}")
@@ -192,7 +205,8 @@ class TransformerBlock(nn.Module):
         def norm(wanted):
             return RMSNorm(args.dim, args) if wanted else nn.Identity()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)       # a mixture of experts fits here: [B, T, D] -> the same
+        sparse = args.n_experts and layer not in args.dense_layers
+        self.feed_forward = MoEFeedForward(args) if sparse else FeedForward(args, args.ffn_dim)
         self.attention_norm = norm(args.attention_norm)
         self.ffn_norm = norm(args.ffn_norm)
         self.post_attention_norm = norm(args.post_attention_norm)
@@ -221,6 +235,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(args.head_dim if args.qk_norm == "head" else q_dim, args)
             self.k_norm = RMSNorm(args.head_dim if args.qk_norm == "head" else kv_dim, args)
         self.scale, self.softcap = args.attention_scale, args.attention_softcap
+        self.sinks = nn.Parameter(torch.zeros(args.n_heads)) if args.attention_sinks else None       # [H]
         self.cache = KVCache(args)
         self.attend = attend            # a device may bring its own: see kernels/
 
@@ -237,7 +252,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         k, v = self.cache(input_pos, k, v, mask.shape[-1])                           # [B, K, S, E]
-        y = self.attend(q, k, v, mask, self.scale, self.softcap)                     # [B, H, T, E]
+        y = self.attend(q, k, v, mask, self.scale, self.softcap, self.sinks)         # [B, H, T, E]
         return self.wo(y.transpose(1, 2).reshape(B, T, H * E))                       # [B, T, D]
 
 
@@ -284,22 +299,27 @@ def attention_mask(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:
     """softmax(q @ k.T * scale) @ v under a mask. q [B, H, T, E], k and v [B, K, S, E], mask [B, 1, T, S] ->
     q's shape.
 
     Many queries go through the fused operator, whose memory does not grow with T * S. Few, where the cost is
-    reading k and v once, are written out, each head's keys times all its queries. Soft caps have no fused operator.
+    reading k and v once, are written out, each head's keys times all its queries. Soft caps and sinks, [H], have no
+    fused operator.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
-    if T > FEW and not cap:
+    if T > FEW and not cap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=H != K)
     q = q.reshape(B, K, H // K * T, E)          # the queries that share a key head become rows of one product
     scores = torch.matmul(q, k.transpose(-2, -1)).float() * scale                    # [B, K, H/K*T, S]
     scores = softcap(scores, cap).view(B, K, H // K, T, -1)
     scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-    p = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, -1)
+    if sinks is not None:                       # one more score, whose share is dropped
+        sinks = sinks.float().view(1, K, H // K, 1, 1).expand(B, -1, -1, T, 1)
+        scores = torch.cat([scores, sinks], -1)
+    p = scores.softmax(-1)[..., :k.shape[2]].to(v.dtype).view(B, K, H // K * T, -1)
     return torch.matmul(p, v).view(B, H, T, E)
 
 
@@ -312,19 +332,71 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 
 # ---- feed-forward and norm ---------------------------------------------------------------------------------
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+def silu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's: the gate goes up to 7, the other from -7 to 7 and one is added."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+ACTIVATIONS = {"silu": lambda gate, up: F.silu(gate) * up, "gelu": lambda gate, up: F.gelu(gate) * up,
+               "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up, "silu_clamped": silu_clamped}
 
 
 class FeedForward(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, width: int):
         super().__init__()
-        self.w13 = nn.Linear(args.dim, 2 * args.ffn_dim, bias=args.ffn_bias)         # rows: gate | up
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.ffn_bias)
+        self.width = width
+        self.w13 = nn.Linear(args.dim, 2 * width, bias=args.ffn_bias)                # rows: gate | up
+        self.w2 = nn.Linear(width, args.dim, bias=args.ffn_bias)
         self.activation = ACTIVATIONS[args.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)                                      # [B, T, F] each
-        return self.w2(self.activation(gate) * up)
+        gate, up = self.w13(x).chunk(2, dim=-1)                                      # [..., F] each
+        return self.w2(self.activation(gate, up))
+
+
+class Router(nn.Linear):
+    """Small and sensitive: the one kind of linear layer that is never quantized."""
+
+
+class MoEFeedForward(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017; as in Mixtral, Jiang et al. 2024): a router sends each token to A
+    of X small feed-forwards, whose outputs are added by weight. Memory holds all; a token reads its own."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.router = Router(args.dim, args.n_experts, bias=args.router_bias)
+        self.experts = nn.ModuleList(FeedForward(args, args.expert_dim) for _ in range(args.n_experts))
+        self.shared = FeedForward(args, args.shared_dim) if args.shared_dim else None
+        self.shared_gate = Router(args.dim, 1, bias=False) if args.shared_gate else None
+        self.active, self.renormalize = args.active_experts, args.renormalize
+        self.run = run_experts          # a device may bring its own: see experts.py
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)                                                      # [B*T, D]
+        y = self.run(self.experts, rows, *self.route(rows)).view_as(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> the chosen experts' weights, float32, and ids, both [T, A]."""
+        logits = self.router(x).float()                                              # [T, X]
+        if self.renormalize:            # a softmax over all, its largest made to add up to 1, is the same
+            top, ids = logits.topk(self.active)
+            return top.softmax(-1), ids
+        return logits.softmax(-1).topk(self.active)
+
+
+def run_experts(experts: nn.ModuleList, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """The weighted sum over its experts of each row of x [T, D]; weights and ids [T, A]. Each expert that is wanted
+    runs once, on the rows that want it: its weights are read once, and memory grows with T * A * D."""
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        row, place = (ids == expert).nonzero(as_tuple=True)                          # [n]
+        y.index_add_(0, row, experts[expert](x[row]).float() * weights[row, place, None])
+    return y.to(x.dtype)
 
 
 class RMSNorm(nn.Module):

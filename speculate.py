@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ranks
-from generate import (PAD, Choices, NarrowRows, Row, Sampler, Sampling, Steps, attended, choices, compile_step,
-                      decode_n_tokens, generate_rows, make_room, one_row_matmul, rows_for, run_prefill, symbolic)
+from generate import (PAD, NarrowRows, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
+                      one_row_matmul, rows_for, run_prefill, symbolic)
 from model import Transformer
+from sampling import Choices, Sampler, Sampling, choices
 from tokenizer import Tokenizer
 
 MOST = PAD              # guesses a step: the cache has PAD slots more than the text needs

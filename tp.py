@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ranks
 from kernels import cpu
-from model import FEW, ModelArgs, Transformer
+from model import FEW, FeedForward, ModelArgs, Transformer
 from quantize import QuantizedLinear, SplitLinear
 from ranks import rank, size
 
@@ -33,15 +33,13 @@ def cut(model: Transformer) -> dict[str, tuple[int, Ranges]]:
     a, E = model.args, model.args.head_dim
     q = share(a.n_heads * E)
     kv = [(head * E, head * E + E) for head in kv_heads(a, rank())]
-    ffn, vocab = share(a.ffn_dim), share(a.vocab_size)
+    vocab = share(a.vocab_size)
     table = {                                                   # dimension 0: outputs, part by part; 1: inputs
         "attention.wqkv": (0, {"q": [q], "k": kv, "v": kv}, (a.n_heads * E, a.n_kv_heads * E, a.n_kv_heads * E)),
-        "attention.wo": (1, {"": [q]}, (0,)),
-        "feed_forward.w13": (0, {"gate": [ffn], "up": [ffn]}, (a.ffn_dim, a.ffn_dim)),
-        "feed_forward.w2": (1, {"": [ffn]}, (0,))}
+        "attention.wo": (1, {"": [q]}, (0,))}
     kept = {}
     for i, block in enumerate(model.layers):
-        for name, (dim, parts, widths) in table.items():
+        for name, (dim, parts, widths) in (table | feed_forwards(block)).items():
             layer, name = block.get_submodule(name), f"layers.{i}.{name}"
             if isinstance(layer, SplitLinear):
                 for part, ranges in parts.items():
@@ -50,11 +48,24 @@ def cut(model: Transformer) -> dict[str, tuple[int, Ranges]]:
             begins = [sum(widths[:n]) for n in range(len(widths))]              # fused: the parts lie one behind another
             ranges = [(at + a, at + b) for at, part in zip(begins, parts.values()) for a, b in part]
             kept |= cut_layer(layer, name, dim, ranges)
+        if a.attention_sinks:
+            kept |= cut_layer(block.attention, f"layers.{i}.attention", 0, [(q[0] // E, q[1] // E)], ("sinks",))
         attention = block.attention
         attention.n_heads, attention.n_kv_heads = (q[1] - q[0]) // E, len(kv)
         attention.cache.n_kv_heads = len(kv)
     kept |= cut_layer(model.tok_embeddings, "tok_embeddings", 0, [vocab])
     return kept | (cut_layer(model.output, "output", 0, [vocab]) if model.output is not None else {})
+
+
+def feed_forwards(block: nn.Module) -> dict[str, tuple]:
+    """Every feed-forward of a block, an expert too, gives each rank a share of its width; a router is everybody's."""
+    found = {}
+    for name, module in block.named_modules():
+        if isinstance(module, FeedForward):
+            mine = share(width := module.width)
+            found[f"{name}.w13"] = 0, {"gate": [mine], "up": [mine]}, (width, width)
+            found[f"{name}.w2"] = 1, {"": [mine]}, (0,)
+    return found
 
 
 def kv_heads(a: ModelArgs, r: int) -> list[int]:
@@ -76,12 +87,13 @@ def share(whole: int) -> tuple[int, int]:
     return min(rank() * each, whole), min((rank() + 1) * each, whole)
 
 
-def cut_layer(layer: nn.Module, name: str, dim: int, ranges: Ranges) -> dict[str, tuple[int, Ranges]]:
+def cut_layer(layer: nn.Module, name: str, dim: int, ranges: Ranges,
+              leaves=("weight", "bias")) -> dict[str, tuple[int, Ranges]]:
     """A linear layer or an embedding keeps these outputs (dim 0) or inputs (1); a bias is added on one rank only."""
     if isinstance(layer, QuantizedLinear):
         kept = layer.cut(dim, ranges)
     else:
-        kept = {"weight": (dim, ranges)} | ({"bias": (0, ranges)} if dim == 0 else {})
+        kept = {leaf: (dim, ranges) for leaf in leaves if leaf != "bias" or dim == 0}
     if dim == 1 and rank() and getattr(layer, "bias", None) is not None:
         layer.bias = None
     for leaf, (d, spans) in kept.items():
@@ -101,7 +113,7 @@ def connect(model: Transformer):
     ranks.same("their models", (a, str(model.norm.weight.dtype), bits))
     for block in model.layers:
         block.attention.wo.register_forward_hook(lambda layer, args, y: all_sum(y))
-        block.feed_forward.w2.register_forward_hook(lambda layer, args, y: all_sum(y))
+        block.feed_forward.register_forward_hook(lambda layer, args, y: all_sum(y))
         if a.qk_norm == "full":         # it looks at all heads at once
             each = a.n_heads // size()
             queries = [list(range(r * each, (r + 1) * each)) for r in range(size())]

@@ -46,6 +46,7 @@ def available() -> bool:
               file=sys.stderr, flush=True)
         return False
     torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
+    torch.library.register_fake("cpu_kernels::experts", lambda x, *rest: x.new_empty(x.shape))
     torch.library.register_fake("cpu_attention::attend", shape_of_attend)
     return True
 
@@ -163,10 +164,11 @@ def linear(x: Tensor, packed: Tensor, scales: Tensor | None, offsets: Tensor | N
     return torch.ops.cpu_kernels.linear(x, packed, scales, offsets, N, bits, group)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:
     """model.attend with few queries in the kernel, which looks no further than the mask lets it see."""
-    if q.shape[2] > FEW or q.shape[3] % 16 or q.dtype not in (torch.float32, torch.bfloat16):
-        return plain_attend(q, k, v, mask, scale, cap)
+    if q.shape[2] > FEW or q.shape[3] % 16 or q.dtype not in (torch.float32, torch.bfloat16) or sinks is not None:
+        return plain_attend(q, k, v, mask, scale, cap, sinks)
     return torch.ops.cpu_attention.attend(q, k, v, mask, scale, cap)
 
 
@@ -205,7 +207,7 @@ def pack_model(model: nn.Module) -> nn.Module:
         layer.attention.attend = attend
     for name, module in list(model.named_modules()):
         tied = module is model.tok_embeddings and model.output is None
-        weight = module.weight if tied or type(module) is nn.Linear else None
+        weight = module.weight if tied or isinstance(module, nn.Linear) else None
         if weight is None or weight.dtype != torch.bfloat16:
             continue
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)

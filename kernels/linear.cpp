@@ -18,6 +18,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -345,6 +347,66 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optio
   return y.view(sizes);
 }
 
+// ---- a mixture of experts -----------------------------------------------------------------------------------------
+
+// All experts' weights of one kind, packed, one behind another: w [X, bytes], scales and offsets [X, n] or none.
+struct Stack {
+  at::Tensor w;
+  std::optional<at::Tensor> scales, offsets, bias;
+  int64_t N, bits, group;
+
+  at::Tensor multiply(const at::Tensor& x, int64_t expert) const {
+    const auto of = [&](const std::optional<at::Tensor>& t) {
+      return t ? std::optional(t->select(0, expert)) : std::nullopt;
+    };
+    at::Tensor y = linear(x, w.select(0, expert), of(scales), of(offsets), N, bits, group);
+    return bias ? y.add_(bias->select(0, expert)) : y;
+  }
+};
+
+// h [n, 2F], gate | up -> [n, F]: model.ACTIVATIONS' silu and silu_clamped.
+at::Tensor gated(const at::Tensor& h, bool clamped) {
+  const int64_t F = h.size(1) / 2;
+  at::Tensor gate = h.narrow(1, 0, F), up = h.narrow(1, F, F);
+  if (!clamped) return at::silu(gate).mul_(up);
+  gate = gate.clamp_max(7);
+  return gate.mul(1.702).sigmoid_().mul_(gate).mul_(up.clamp(-7, 7).add_(1));
+}
+
+// model.run_experts over stacked weights: x [T, D], weights float and ids [T, A] -> [T, D]. An expert that is wanted runs
+// once, on the rows that want it; in the order of their numbers, so that a row's sum does not depend on its neighbours.
+at::Tensor experts(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& ids, at::TensorList w,
+                   const c10::List<std::optional<at::Tensor>>& more, at::IntArrayRef sizes, bool clamped) {
+  const at::Tensor x = input.contiguous(), share = weights.contiguous(), chosen = ids.contiguous();
+  const Stack up{w[0], more[0], more[1], more[2], sizes[0], sizes[1], sizes[2]};
+  const Stack down{w[1], more[3], more[4], more[5], sizes[3], sizes[4], sizes[5]};
+  const int64_t T = x.size(0), D = x.size(1), A = chosen.size(1), X = w[0].size(0);
+  const int64_t* id = chosen.const_data_ptr<int64_t>();
+  std::vector<std::vector<int64_t>> places(X);                  // where each expert is wanted, of T * A places
+  for (int64_t i = 0; i < T * A; i++) places[id[i]].push_back(i);
+  at::Tensor sum = at::zeros({T, D}, x.options().dtype(at::kFloat));
+  float* y = sum.data_ptr<float>();
+  for (int64_t e = 0; e < X; e++) {
+    const auto& wanted = places[e];
+    const int64_t n = wanted.size();
+    if (!n) continue;
+    at::Tensor rows = x;
+    if (n != 1 || T != 1) {
+      rows = at::empty({n, D}, x.options());
+      const int64_t nbytes = D * x.element_size();
+      for (int64_t i = 0; i < n; i++)
+        std::memcpy((char*)rows.data_ptr() + i * nbytes, (const char*)x.const_data_ptr() + wanted[i] / A * nbytes, nbytes);
+    }
+    const at::Tensor out = down.multiply(gated(up.multiply(rows, e), clamped), e).to(at::kFloat);
+    const float *from = out.const_data_ptr<float>(), *factor = share.const_data_ptr<float>();
+    at::parallel_for(0, n, std::max<int64_t>(1, 16384 / D), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        for (int64_t d = 0; d < D; d++) y[wanted[i] / A * D + d] += factor[wanted[i]] * from[i * D + d];
+    });
+  }
+  return sum.to(x.scalar_type());
+}
+
 }  // namespace
 
 #ifndef LIBRARY
@@ -353,6 +415,10 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optio
 
 TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
+  m.def("experts(Tensor x, Tensor weights, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("linear", &linear); }
+TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("experts", &experts);
+}

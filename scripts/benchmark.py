@@ -25,26 +25,29 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import experts  # noqa: E402
 import ranks  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import args_from  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
-from generate import (EAGER, Sampler, Sampling, compile_steps, decode_n_tokens, make_room, pick_device,  # noqa: E402
-                      run_prefill)
+from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
 from model import Transformer  # noqa: E402
 from quantize import KINDS, describe, pack_model  # noqa: E402
+from sampling import Sampler, Sampling  # noqa: E402
 
 
 def tensor_names(config: dict) -> list[str]:
-    """The names a dense Hugging Face folder of this config has: switches such as biases are read off them."""
+    """The names a Hugging Face folder of this config has: switches such as biases are read off them."""
     kind = config.get("model_type")
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
     parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     parts += [f"self_attn.{p}_proj.weight" for p in "qkvo"]
-    parts += [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    X = config.get("num_local_experts") or config.get("num_experts") or 0
+    parts += ["mlp.gate.weight"] if X else []
+    parts += [f"mlp.{e}{p}_proj.weight" for e in ([f"experts.{e}." for e in range(X)] or [""]) for p in ("gate", "up", "down")]
     parts += [f"self_attn.{p}_proj.bias" for p in "qkv"] if kind == "qwen2" else []
-    parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
+    parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind in ("qwen3", "qwen3_moe", "olmoe") else []
     return names + [f"model.layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
 
 
@@ -67,7 +70,7 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
             layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
             layer.dtype, module.weight = dtype, None
             setattr(model.get_submodule(parent), leaf, layer.pack())
-    pack_model(model)
+    experts.prepare(pack_model(model))
     if ranks.size() > 1:
         tp.connect(model)
     return model

@@ -28,8 +28,9 @@ import torch  # noqa: E402
 
 from benchmark import random_model, seconds  # noqa: E402
 from figures import probe_bandwidth  # noqa: E402
-from generate import (EAGER, Figures, Row, Sampler, Sampling, attended, compile_steps,  # noqa: E402
-                      decode_n_tokens, generate_rows, make_room, pick_device)
+from generate import (EAGER, Figures, Row, attended, compile_steps, decode_n_tokens, generate_rows,  # noqa: E402
+                      make_room, pick_device)
+from sampling import Sampler, Sampling  # noqa: E402
 from speculate import Speculation, SpeculativeSteps, compile_speculation  # noqa: E402
 
 

@@ -164,6 +164,31 @@ FAMILIES = {
     "exaone-4": Family("exaone4", dict(sliding_window=WINDOW, rope_parameters=llama3(1e6, 16.0))),
     "exaone-4-small": Family("exaone4", dict(sliding_window=None, tie_word_embeddings=True, rope_parameters=rope(1e6),
                                              layer_types=4 * [FULL])),
+    # Mixtures of experts
+    "mixtral-8x7b": Family("mixtral", dict(num_local_experts=5, rope_parameters=rope(1e6))),
+    "mixtral-window": Family("mixtral", dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=WINDOW,
+                                             rope_parameters=rope(1e6))),
+    "qwen1.5-moe": Family("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40,
+                                            shared_expert_intermediate_size=56, rope_parameters=rope(1e6))),
+    "qwen2-moe-some-dense": Family("qwen2_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40,
+                                                     shared_expert_intermediate_size=56, decoder_sparse_step=2,
+                                                     mlp_only_layers=[3], use_sliding_window=True, max_window_layers=3,
+                                                     sliding_window=WINDOW, rope_parameters=rope(1e6))),
+    "qwen3-30b-a3b": Family("qwen3_moe", dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=32,
+                                              norm_topk_prob=True, rope_parameters=rope(1e6))),
+    "qwen3-moe-plain": Family("qwen3_moe", dict(num_experts=4, num_experts_per_tok=4, moe_intermediate_size=24,
+                                                mlp_only_layers=[0], head_dim=32, rope_parameters=rope(1e6))),
+    "olmoe": Family("olmoe", dict(num_experts=8, num_experts_per_tok=4, rope_parameters=rope(10000))),
+    "granite-moe": Family("granitemoe", dict(num_local_experts=6, embedding_multiplier=6.0, residual_multiplier=0.7,
+                                             logits_scaling=3.0, attention_multiplier=0.4, tie_word_embeddings=True,
+                                             rope_parameters=rope(1e7))),
+    "granite-moe-shared": Family("granitemoeshared", dict(
+        num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40, embedding_multiplier=2.0,
+        residual_multiplier=0.22, logits_scaling=0.5, attention_multiplier=0.1, rope_parameters=rope(10000))),
+    "gpt-oss": Family("gpt_oss", dict(
+        num_local_experts=6, num_experts_per_tok=3, head_dim=32, sliding_window=WINDOW,
+        rope_parameters=rope(1.5e5, "yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                             original_max_position_embeddings=16))),
 }
 DIALECTS = ("new", "old", "sparse")
 

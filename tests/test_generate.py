@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import generate as g
-from generate import Sampling, choices, generate, stream
+from generate import generate, stream
 from model import ModelArgs, Transformer
+from sampling import Sampling, choices, largest
 from test_tokenizer import byte_level_json
 from tokenizer import load_tokenizer
 
@@ -136,7 +137,7 @@ def test_largest_equals_topk():
     """A block that was not looked at, or ids that count from their block."""
     x = torch.randn(3, 5003)
     for n in (1, 7, 39, 200, 5003):
-        values, ids = g.largest(x, n)
+        values, ids = largest(x, n)
         assert torch.equal(values, x.topk(n).values) and torch.equal(x.gather(1, ids), values)
 
 

@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounter
 import cli
 import generate as g
 import speculate as s
-from generate import Choices, Figures, Sampling, choices, generate, stream
+from generate import Figures, generate, stream
 from kernels import cpu
 from model import ModelArgs, Transformer
+from sampling import Choices, Sampling, choices
 from speculate import Pace, Speculation, accept, look_up
 from test_cli import chat, folder, prefilled, run, tiny  # noqa: F401  (folder is a fixture)
 from test_generate import ROOT, Scripted, random_model, spell, tokenizer  # noqa: F401  (tokenizer is a fixture)
