@@ -1,6 +1,6 @@
 """How a layer's experts run where the plain loop of model.py (`run_experts`) would be slow or cannot be compiled.
 
-What it is: three other forms of the same sum, one of which `prepare` gives to each layer of a model. `Stacked`: all
+What it is: three other forms of the same sum, one of which `pack_model` gives to each layer of a model. `Stacked`: all
 experts of a layer in one tensor and one call of the CPU kernel. `gathered`: a few tokens on an accelerator, by indexing,
 without asking the device which experts they chose. `opaque`: the plain loop, which a compiled graph calls as one operator.
 What it is not: routing, or the meaning of a mixture; that is `MoEFeedForward` in model.py. Experts that live on the
@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import quantize
 from kernels import cpu
 from model import ACTIVATIONS, MoEFeedForward, Transformer, run_experts
 from quantize import QuantizedLinear
@@ -24,16 +25,15 @@ def layers(model: Transformer) -> list[MoEFeedForward]:
     return [block.feed_forward for block in model.layers if isinstance(block.feed_forward, MoEFeedForward)]
 
 
-def prepare(model: Transformer) -> Transformer:
-    """After `pack_model`: every mixture runs in the fastest form its weights and its device allow."""
-    for layer in layers(model):
-        if Stacked.fits(layer):
-            layer.run = Stacked(layer)
-        elif model.norm.weight.device.type == "cpu":
-            layer.run = Opaque(layer)
-        else:
-            layer.run = Gathered(layer)
-    return model
+def pack_model(model: Transformer) -> Transformer:
+    """quantize.pack_model, and every mixture in the fastest form that its weights and its device allow."""
+    def finish(block: nn.Module):
+        layer = getattr(block, "feed_forward", None)
+        if not isinstance(layer, MoEFeedForward):
+            return
+        on_cpu = model.norm.weight.device.type == "cpu"
+        layer.run = Stacked(layer) if Stacked.fits(layer) else Opaque(layer) if on_cpu else Gathered(layer)
+    return quantize.pack_model(model, finish)
 
 
 # ---- the CPU kernel ----------------------------------------------------------------------------------------

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import experts
 import ranks
 import tp
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
+from experts import pack_model
 from model import Transformer
-from quantize import pack_model
 from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -348,7 +347,7 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
     tokenizer = load_tokenizer(path)
     several = ranks.size() > 1
     model = load_checkpoint(path, device=device, dtype=dtype, cut=tp.cut if several else None, **options)
-    experts.prepare(pack_model(model))
+    pack_model(model)
     if several:
         tp.connect(model)
     model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)

@@ -10,6 +10,7 @@ Letters: N outputs, K inputs, G groups of inputs that share a scale; w = (q - ze
 """
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -290,12 +291,16 @@ def by_group(w: Tensor, groupsize: int) -> Tensor:
     return F.pad(w, (0, -w.shape[1] % groupsize)).unflatten(1, (-1, groupsize))
 
 
-def pack_model(model: nn.Module) -> nn.Module:
-    """Every layer as its device multiplies it fastest; for running, not for saving."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.pack()
-    return cpu.pack_model(model)
+def pack_model(model: nn.Module, finish: Callable[[nn.Module], None] = lambda block: None) -> nn.Module:
+    """Every layer as its device multiplies it fastest; for running, not for saving. finish: called with each block when
+    it is packed; memory grows by one block at most."""
+    for part in (*model.layers, model):
+        for module in part.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
+        cpu.pack_part(model, part)
+        finish(part)
+    return model
 
 
 def describe(model: nn.Module) -> str | None:

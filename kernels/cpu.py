@@ -198,20 +198,19 @@ class PackedTable(PackedLinear):
         return super().forward(x)
 
 
-def pack_model(model: nn.Module) -> nn.Module:
-    """Put a CPU model's attention on the kernel, and its bfloat16 products, layer by layer, so that memory grows by
-    one layer at most. For running, not for saving."""
+def pack_part(model: nn.Module, part: nn.Module):
+    """Put a part of a CPU model, or all of it, on the kernels: attention, and products of bfloat16 one by one, so that
+    memory grows by one layer at most."""
     if model.norm.weight.device.type != "cpu" or not available():
-        return model
-    for layer in model.layers:
-        layer.attention.attend = attend
-    for name, module in list(model.named_modules()):
+        return
+    for name, module in list(part.named_modules()):
+        if hasattr(module, "attend"):
+            module.attend = attend
         tied = module is model.tok_embeddings and model.output is None
         weight = module.weight if tied or isinstance(module, nn.Linear) else None
         if weight is None or weight.dtype != torch.bfloat16:
             continue
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed)
+        setattr(part.get_submodule(parent), leaf, packed)
         module.weight = None
-    return model

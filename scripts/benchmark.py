@@ -25,14 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import experts  # noqa: E402
 import ranks  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import args_from  # noqa: E402
+from experts import pack_model  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
 from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
 from model import Transformer  # noqa: E402
-from quantize import KINDS, describe, pack_model  # noqa: E402
+from quantize import KINDS, describe  # noqa: E402
 from sampling import Sampler, Sampling  # noqa: E402
 
 
@@ -69,8 +69,8 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
             parent, _, leaf = name.rpartition(".")
             layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
             layer.dtype, module.weight = dtype, None
-            setattr(model.get_submodule(parent), leaf, layer.pack())
-    experts.prepare(pack_model(model))
+            setattr(model.get_submodule(parent), leaf, layer)
+    pack_model(model)
     if ranks.size() > 1:
         tp.connect(model)
     return model

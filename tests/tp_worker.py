@@ -10,13 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import experts  # noqa: E402
 import ranks  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import load_checkpoint, weight_bytes  # noqa: E402
+from experts import pack_model  # noqa: E402
 from figures import bytes_per_token  # noqa: E402
 from generate import compile_steps, generate  # noqa: E402
-from quantize import pack_model  # noqa: E402
 from speculate import Speculation  # noqa: E402
 
 PROMPTS = [list(range(3, 23)), [5, 9, 40], list(range(60, 50, -1))]
@@ -37,7 +36,7 @@ def load(path: Path, dtype: str):
     with counter:
         model = load_checkpoint(path, dtype=getattr(torch, dtype), cut=tp.cut if ranks.size() > 1 else None)
     held = weight_bytes(model)
-    experts.prepare(pack_model(model))
+    pack_model(model)
     if ranks.size() > 1:
         tp.connect(model)
     model.end_ids, model.generation_config, model.limit = set(), {}, 256
