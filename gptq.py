@@ -4,7 +4,7 @@
 What it is: `round_weight`, the algorithm on one matrix; `quantize_blocks`, which walks a model block by block and
 shows each layer the inputs that its already quantized predecessors produce; `calibration`, the text it sees.
 What it is not: the meaning of the numbers (quantize.py) or the command (quantize_cli.py). At any time one layer's
-Hessian is in memory, and of the unquantized weights one block.
+Hessian is in memory (of experts, a gigabyte's), and of the unquantized weights one block.
 
 Letters: N outputs, K inputs, H = sum of x x^T over all inputs x [K], in float32; the error of a rounding Q of W is
 tr((W - Q) H (W - Q)^T).
@@ -12,6 +12,7 @@ tr((W - Q) H (W - Q)^T).
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Transformer, attention_mask
-from quantize import Int4Linear, by_group
+from quantize import Int4Linear, by_group, notice
 
 SHRINK = [1.0 - 0.03 * i for i in range(16)]    # a group's range is clipped to the best of these: 1.0 ... 0.55
+
+
+HESSIANS = 1 << 30                      # bytes of them at a time
 
 
 @dataclass
@@ -128,7 +132,9 @@ def quantize_blocks(model: Transformer, samples: list[Tensor], fill: Callable[[s
     samples: ids [T] each, of any lengths. fill(prefix) puts the weights of a module in place;
     quantize(name, H) makes the layer that replaces it; wants(name): does it need a Hessian?
     """
+    batch_size = 1 if model.args.n_experts else batch_size      # experts see rows, which do not tell what is padding
     batches = [pad(samples[i:i + batch_size]) for i in range(0, len(samples), batch_size)]
+    starved = []
     if model.output is not None:
         fill("tok_embeddings")
         replace(model, "tok_embeddings", quantize("tok_embeddings", None))
@@ -149,14 +155,14 @@ def quantize_blocks(model: Transformer, samples: list[Tensor], fill: Callable[[s
             rope = model.args.layer_ropes[i]
             return block(x, position, model.ropes[rope](position) if rope >= 0 else None,
                          attention_mask(position, position, model.args.layer_windows[i]))
-        for leaf in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
-            name = f"layers.{i}.{leaf}"
-            H = None
-            if wants(name):
-                H = hessian(model.get_submodule(name), [lambda x=x, b=b: run(x, b[0]) for x, b in zip(states, batches)],
-                            [valid for _, valid in batches])
-            replace(model, name, quantize(name, H))
-            yield name
+        for names in stages(model, i):
+            wanted = {name: model.get_submodule(name) for name in names if wants(name)}
+            H = hessians(wanted, [lambda x=x, b=b: run(x, b[0]) for x, b in zip(states, batches)],
+                         [valid for _, valid in batches]) if wanted else {}
+            starved += [name for name in wanted if name not in H]
+            for name in names:
+                replace(model, name, quantize(name, H.pop(name, None)))
+                yield name
         states = [run(x, tokens) for x, (tokens, _) in zip(states, batches)]
     fill("norm")
     head = "tok_embeddings" if model.output is None else "output"
@@ -168,21 +174,38 @@ def quantize_blocks(model: Transformer, samples: list[Tensor], fill: Callable[[s
         H = sum(x.t() @ x for x in inputs)
     replace(model, head, quantize(head, H))
     yield head
+    if starved:
+        notice(f"{len(starved)} layers of experts saw too few tokens for GPTQ and were rounded to the nearest: "
+               + ", ".join(starved[:4]) + (", ..." if len(starved) > 4 else ""))
 
 
-def hessian(layer: nn.Module, runs: list[Callable], valid: list[Tensor]) -> Tensor:
-    """Sum of x x^T over the real tokens that reach `layer`, [K, K] float32."""
-    H = torch.zeros(layer.in_features, layer.in_features)
+def stages(model: Transformer, i: int) -> Iterator[list[str]]:
+    """The layers of block i, those that need not wait for each other together: experts by the gigabyte of Hessians."""
+    layers = {f"layers.{i}.{name}": m for name, m in model.layers[i].named_modules() if type(m) is nn.Linear}
+    for leaf in ("wqkv", "wo", "w13", "w2"):
+        names = [name for name in layers if name.endswith(f".{leaf}")]
+        many = max(1, HESSIANS // max(4 * layers[name].in_features ** 2 for name in names))
+        yield from (names[at:at + many] for at in range(0, len(names), many))
+
+
+def hessians(layers: dict[str, nn.Module], runs: list[Callable], valid: list[Tensor]) -> dict[str, Tensor]:
+    """For each layer the sum of x x^T over the real tokens that reach it, [K, K] float32. An expert that fewer than
+    K / 8 tokens reach has none: their sum would say little of the others."""
+    found = {name: torch.zeros(m.in_features, m.in_features) for name, m in layers.items()}
+    count = dict.fromkeys(layers, 0)
     for run, real in zip(runs, valid):
-        def add(module, args, real=real):
-            x = args[0][real].float()                                                # [tokens, K]
-            H.addmm_(x.t(), x)
-        hook = layer.register_forward_pre_hook(add)
+        def add(module, args, name, real=real):
+            x = args[0].float()
+            x = x[real] if x.dim() == 3 else x                                       # [tokens, K]
+            found[name].addmm_(x.t(), x)
+            count[name] += len(x)
+        hooks = [m.register_forward_pre_hook(partial(add, name=name)) for name, m in layers.items()]
         try:
             run()
         finally:
-            hook.remove()
-    return H
+            for hook in hooks:
+                hook.remove()
+    return {name: H for name, H in found.items() if ".experts." not in name or 8 * count[name] >= len(H)}
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module):

@@ -39,6 +39,7 @@ from generate import generate, load_model  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
 BOS, EOS = 1, 2
+BALANCE = 0.01          # the load-balancing loss counts so much
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -127,12 +128,17 @@ def hf_names(name: str, tensor: Tensor, args: ModelArgs) -> dict[str, Tensor]:
         return {names[name]: tensor}
     _, layer, rest = name.split(".", 2)
     kv_dim = args.n_kv_heads * args.head_dim
+    if found := re.match(r"feed_forward\.experts\.(\d+)\.(w13|w2)\.weight", rest):
+        expert = f"model.layers.{layer}.block_sparse_moe.experts.{found[1]}"
+        names = ["w1", "w3"] if found[2] == "w13" else ["w2"]
+        return {f"{expert}.{name}.weight": t.contiguous() for name, t in zip(names, tensor.chunk(len(names)))}
     parts, rows = {
         "attention.wqkv.weight": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                                   [args.n_heads * args.head_dim, kv_dim, kv_dim]),
         "attention.wo.weight": (["self_attn.o_proj"], None),
         "feed_forward.w13.weight": (["mlp.gate_proj", "mlp.up_proj"], [args.ffn_dim, args.ffn_dim]),
         "feed_forward.w2.weight": (["mlp.down_proj"], None),
+        "feed_forward.router.weight": (["block_sparse_moe.gate"], None),
         "attention_norm.weight": (["input_layernorm"], None),
         "ffn_norm.weight": (["post_attention_layernorm"], None),
     }[rest]
@@ -164,13 +170,17 @@ TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token
 
 
 def hf_config(args: ModelArgs) -> dict:
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-            "bos_token_id": BOS, "eos_token_id": EOS, "hidden_act": "silu", "hidden_size": args.dim,
-            "intermediate_size": args.ffn_dim, "num_hidden_layers": args.n_layers,
-            "num_attention_heads": args.n_heads, "num_key_value_heads": args.n_kv_heads, "head_dim": args.head_dim,
-            "vocab_size": args.vocab_size, "max_position_embeddings": args.max_position,
-            "rms_norm_eps": args.norm_eps, "rope_theta": args.ropes[0].theta, "rope_scaling": None,
-            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "initializer_range": 0.02}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} if not args.n_experts else {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": args.n_experts,
+        "num_experts_per_tok": args.active_experts, "sliding_window": None}
+    return kind | {
+        "torch_dtype": "bfloat16",
+        "bos_token_id": BOS, "eos_token_id": EOS, "hidden_act": "silu", "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim, "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads, "num_key_value_heads": args.n_kv_heads, "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_position,
+        "rms_norm_eps": args.norm_eps, "rope_theta": args.ropes[0].theta, "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "initializer_range": 0.02}
 
 
 def fast_tokenizer(tokenizer: SentencePieceProcessor) -> dict:
@@ -283,8 +293,10 @@ def init_weights(model: Transformer):
 
 def optimizers(model: Transformer, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the embedding and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
-    others = [p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("layers.")]
+    def is_matrix(name: str, p: Tensor) -> bool:
+        return p.dim() == 2 and name.startswith("layers.") and "router" not in name
+    matrices = [p for name, p in model.named_parameters() if is_matrix(name, p)]
+    others = [p for name, p in model.named_parameters() if not is_matrix(name, p)]
     return [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.95))]
 
@@ -295,6 +307,24 @@ def lr_factor(progress: float, warmup: float = 0.03) -> float:
         return progress / warmup
     progress = min(progress, 1.0)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+class Balance:
+    """The load-balancing loss of Fedus et al. 2022 (section 2.2): 1 where the routers use all experts alike."""
+
+    def __init__(self, model: Transformer):
+        self.active, self.terms = model.args.active_experts, []
+        for layer in model.layers if model.args.n_experts else []:
+            layer.feed_forward.router.register_forward_hook(lambda router, args, logits: self.add(logits))
+
+    def add(self, logits: Tensor):
+        X = logits.shape[-1]
+        chosen = torch.zeros_like(logits).scatter_(1, logits.topk(self.active).indices, 1.0)
+        self.terms.append(X / self.active * (chosen.mean(0) * logits.float().softmax(-1).mean(0)).sum())
+
+    def take(self) -> Tensor | float:
+        terms, self.terms = self.terms, []
+        return torch.stack(terms).mean() if terms else 0.0
 
 
 def loss_of(model: Transformer, x: Tensor, y: Tensor, teacher: Transformer | None,
@@ -332,12 +362,15 @@ def train(model: Transformer, tokenizer: SentencePieceProcessor, stories: list[s
     data = batches(list(stories), tokenizer, args.context, args.batch_tokens, args.bpe_dropout,
                    random.Random(args.seed + rank))
     start, seconds, step, seen, mean = time.time(), 0.0, 0, 0, None
+    balance = Balance(model)
     model.train()
     while seconds < 60 * args.minutes:
         progress = seconds / 60 / args.minutes
         x, y = next(data)
         loss, nats = loss_of(model, x, y, teacher, args.teacher_weight)
-        loss.backward()
+        (loss + BALANCE * balance.take()).backward()
+        for p in model.parameters():    # an expert that nobody chose has none
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         seconds = time.time() - start if world == 1 else agree(model, time.time() - start)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -362,7 +395,7 @@ pipeline_tag: text-generation
 ---
 # {title}
 
-A Llama of {params:,} parameters ({layers} layers, width {dim}, {heads} heads, {vocab} pieces, context {context}),
+A {kind} of {params:,} parameters ({layers} layers, width {dim}, {heads} heads, {vocab} pieces, context {context}),
 {megabytes:.2f} MB in bfloat16. It tells short stories for small children and does nothing else: it knows no facts,
 answers no questions and follows no instructions. It is here so that the commands of this repository have something to
 run on.
@@ -422,7 +455,9 @@ def write_card(args: argparse.Namespace, model: Transformer, figures: dict, trai
     how = f"Distilled: {args.teacher_weight:.0%} of the loss is the divergence from `{Path(args.teacher).name}`. " \
         if args.teacher else ""
     return CARD.format(
-        title=args.out.name, params=params, megabytes=2 * params / 1e6, layers=model.args.n_layers,
+        title=args.out.name, params=params,
+        kind=f"mixture of {model.args.n_experts} experts, {model.args.active_experts} active,"
+        if model.args.n_experts else "Llama", megabytes=2 * params / 1e6, layers=model.args.n_layers,
         dim=model.args.dim, heads=model.args.n_heads, vocab=model.args.vocab_size, context=model.args.max_position,
         bits=figures["bits"], train_bits=figures["train_bits"], others=others, note=COMPARED if others else "", how=how,
         held_out=len(held_out), held_out_bytes=sum(map(len, held_out)), sample=SAMPLE, stories=len(train_stories),
@@ -458,6 +493,8 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=6, help="blocks")
     add("--heads", type=int, default=3, help="attention heads; 64 wide is fastest on a CPU")
     add("--ffn_dim", type=int, default=512, help="feed-forward width")
+    add("--experts", type=int, default=0, help="feed-forwards of that width in each layer; 0: one, for all tokens")
+    add("--active", type=int, default=2, help="of them, for each token")
     add("--minutes", type=float, default=30, help="training time; the schedule follows the clock")
     add("--batch_tokens", type=int, default=2048, help="tokens a step and process, padding included")
     add("--lr", type=float, default=8e-3, help="peak learning rate")
@@ -503,7 +540,8 @@ def begin(args: argparse.Namespace, stories: list[str]) -> tuple[Transformer, Se
     tokenizer = open_tokenizer(args.teacher) if args.teacher else train_tokenizer(stories, args.vocab_size)
     model = Transformer(ModelArgs(
         vocab_size=tokenizer.get_piece_size(), dim=args.dim, n_layers=args.layers, n_heads=args.heads,
-        ffn_dim=args.ffn_dim, max_position=args.context, tied=True))
+        ffn_dim=args.ffn_dim, max_position=args.context, tied=True, n_experts=args.experts,
+        active_experts=args.active if args.experts else 0))
     init_weights(model)
     return model, tokenizer
 

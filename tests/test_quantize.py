@@ -225,7 +225,7 @@ def test_hessian_counts_real_tokens_only():
     """Padding must not weigh in, nor the order of samples."""
     layer, x = nn.Linear(8, 4), torch.randn(2, 5, 8)
     valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    H = gptq.hessian(layer, [lambda: layer(x)], [valid])
+    H = gptq.hessians({"layer": layer}, [lambda: layer(x)], [valid])["layer"]
     real = torch.cat([x[0, :3], x[1]])
     torch.testing.assert_close(H, real.t() @ real)
 

@@ -26,6 +26,12 @@ MODELS = {
     "qwen3": families.Family("qwen3", WIDE), "olmo2": families.Family("olmo2", WIDE),
     "gemma2": families.Family("gemma2", WIDE | dict(sliding_window=8, query_pre_attn_scalar=24)),
     "even": families.Family("llama", dict(intermediate_size=192, vocab_size=101, num_hidden_layers=2)),
+    "mixtral": families.Family("mixtral", WIDE | dict(num_local_experts=4, intermediate_size=256)),
+    "qwen2_moe": families.Family("qwen2_moe", WIDE | dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=72,
+                                                          shared_expert_intermediate_size=60, mlp_only_layers=[1])),
+    "gpt_oss": families.Family("gpt_oss", WIDE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+                                                      intermediate_size=120, rope_parameters=families.rope(
+                                                          1.5e5, "yarn", factor=4.0, original_max_position_embeddings=16))),
     "uneven": families.Family("llama", WIDE | dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8)),
 }
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -46,6 +52,10 @@ def folder(tmp_path_factory):
         (folder / mode).mkdir()
         assert quantize_cli.main(["--checkpoint_path", str(folder / "biases"), "--mode", mode, "--quiet",
                                   "--output", str(folder / mode / "model.safetensors")]) == 0
+    for mode in ("int8", "int4"):
+        (folder / f"experts_{mode}").mkdir()
+        assert quantize_cli.main(["--checkpoint_path", str(folder / "mixtral"), "--mode", mode, "--quiet",
+                                  "--output", str(folder / f"experts_{mode}" / "model.safetensors")]) == 0
     assert quantize_cli.main(["--checkpoint_path", str(folder / "even"), "--mode", "int4", "--quiet", "--format",
                               "compressed-tensors", "--output", str(folder / "foreign")]) == 0
     return folder
@@ -61,7 +71,9 @@ def found(folder, tmp_path_factory):
     return {n: [torch.load(f"{out}/{n}.{r}") for r in range(max(n, 1))] for n in (0, 2, 4)}
 
 
-CASES = [f"{name}-float32" for name in (*MODELS, "foreign", "int8", "int4")] + [f"{name}-bfloat16" for name in ("llama", "int8", "int4")]
+QUANTIZED = ("int8", "int4", "experts_int8", "experts_int4")
+CASES = [f"{name}-float32" for name in (*MODELS, "foreign", *QUANTIZED)] + [
+    f"{name}-bfloat16" for name in ("llama", "int8", "int4")]         # rounding makes routers choose others
 
 
 @pytest.mark.parametrize("n", [2, 4])
