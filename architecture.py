@@ -164,7 +164,7 @@ def all_places(tensors: dict, model_type: str | None) -> dict[tuple[str, str], t
     return {where: shape for where, shape in places.items() if where}
 
 
-QUANTIZED = ("gptq", "awq", "compressed-tensors")      # read by foreign.py; of others the tensors' meaning is unknown
+QUANTIZED = ("gptq", "awq", "compressed-tensors", "mxfp4")      # read by foreign.py; of others the tensors' meaning is unknown
 
 
 def refuse(config: dict):

@@ -68,7 +68,7 @@ class Stacked:
             return cpu.PackedLinear, module.out_features, 16, 0, module.bias is not None
         if isinstance(module, QuantizedLinear) and module.path == "kernel" and module.perm is None and not module.skip:
             kinds = tuple(t is not None and t.dtype for t in (module.packed_scales, module.packed_offsets, module.bias))
-            return type(module), module.out_features, module.bits, module.kernel_group(), kinds
+            return type(module), module.out_features, module.kernel_kind(), module.kernel_group(), kinds
         return None
 
     @classmethod

@@ -45,6 +45,8 @@ def read_quantized(config: dict, tensors: dict[str, Stored]) -> dict[str, Stored
     settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") not in QUANTIZED:
         return tensors                                          # nothing, or architecture.py refuses it by name
+    if settings["quant_method"] == "mxfp4":
+        return mxfp4(tensors)
     reader = pick_reader(settings)
     marker, *others = TENSORS[reader]
     modules = [name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")]
@@ -191,6 +193,41 @@ def fields(words: Tensor, bits: int) -> Tensor:
     """Words [..., n] -> their unsigned fields [..., n * 32 / bits], uint8."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return (words[..., None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
+
+
+def mxfp4(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """gpt-oss: all experts of a layer in *_blocks [X, N, K / 32, 16], nibbles, and *_scales [X, N, K / 32], exponents.
+    Rows of gate and up alternate."""
+    found = {}
+    for name, stored in tensors.items():
+        module, _, leaf = name.rpartition("_")
+        if leaf == "blocks":
+            X, N, G, _ = stored.shape
+            scales = tensors.get(f"{module}_scales")
+            if scales is None or scales.shape != (X, N, G):
+                raise CheckpointError(f"the quantized layer '{module}' lacks or garbles its scales")
+            for e in range(X):
+                found[module.replace("experts.", f"experts.{e}.") + ".weight"] = mxfp4_expert(
+                    stored, scales, e, "gate_up" in module)
+        elif leaf != "scales" or f"{module}_blocks" not in tensors:
+            found[name] = stored
+    if len(found) == len(tensors):
+        raise CheckpointError("config.json says method 'mxfp4' has quantized the weights, but there is no tensor '*_blocks'")
+    return found
+
+
+def mxfp4_expert(blocks: Stored, scales: Stored, e: int, mixed: bool) -> Quantized:
+    _, N, G, _ = blocks.shape
+
+    def in_order(t: Tensor) -> Tensor:
+        return torch.cat([t[0::2], t[1::2]]) if mixed else t
+
+    def scale() -> Tensor:              # ours multiply twice the floats
+        return in_order(torch.exp2(scales.pieces[0]()[e].float() - 128)).bfloat16()
+    leaves = {"weight": Stored((N, 16 * G), torch.uint8, [lambda: in_order(blocks.pieces[0]()[e].flatten(1))]),
+              "scales": Stored((N, G), torch.bfloat16, [scale])}
+    spec = {"mode": "mxfp4", "groupsize": 32, "zeros": False, "perm": False, "scale_dtype": "bfloat16"}
+    return Quantized((N, 32 * G), torch.bfloat16, [], leaves=leaves, spec=spec)
 
 
 def turned(stored: Stored) -> Stored:

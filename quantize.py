@@ -31,6 +31,7 @@ class QuantizedLinear(nn.Module):
     (absent: `centre`), perm [K] (the order in which the inputs are stored: GPTQ's act-order) and bias [N].
     `pack` replaces them by what the device multiplies fastest.
     """
+    mode: str                           # as recipes and files name it
     bits: int
     centre: int                         # of the stored values: 0 if signed, 8 for nibbles
     path = "plain"
@@ -56,7 +57,7 @@ class QuantizedLinear(nn.Module):
 
     def spec(self) -> dict:
         """What a file must say of this layer, for `empty_layer` to make it again."""
-        return {"mode": f"int{self.bits}", "groupsize": 0 if self.groupsize == self.in_features else self.groupsize,
+        return {"mode": self.mode, "groupsize": 0 if self.groupsize == self.in_features else self.groupsize,
                 "zeros": self.zeros is not None, "perm": self.perm is not None,
                 "scale_dtype": str(self.scales.dtype).removeprefix("torch.")}
 
@@ -67,14 +68,18 @@ class QuantizedLinear(nn.Module):
         added to the values before scaling, int8 [..., G] or None."""
         if self.path == "kernel":
             index = torch.arange(self.out_features)[ids] if isinstance(ids, slice) else ids
-            values = cpu.rows(self.packed, index, self.out_features, self.bits)
+            codes = cpu.rows(self.packed, index, self.out_features, self.bits)
             groups = [None if t is None else cpu.group_rows(t, index, self.out_features)
                       for t in (self.packed_scales, self.packed_offsets)]
         else:
-            values, groups = self.unpack(self.weight[ids]), [self.scales[ids], None]
+            codes, groups = self.unpack(self.weight[ids]), [self.scales[ids], None]
             if self.zeros is not None:
                 groups[1] = (self.centre - self.zeros[ids].to(torch.int16)).to(torch.int8)
-        return values[..., :self.in_features] - self.centre, *groups
+        return self.value(codes[..., :self.in_features]), *groups
+
+    def value(self, codes: Tensor) -> Tensor:
+        """What is stored, unpacked, as int8 numbers."""
+        return codes - self.centre
 
     def dequantize(self, ids: Tensor | slice = slice(None)) -> Tensor:
         """w, or its rows `ids`, float32 [..., K] and exact, with the inputs in the caller's order."""
@@ -118,9 +123,12 @@ class QuantizedLinear(nn.Module):
     def kernel_group(self) -> int:
         return self.groupsize if self.groupsize < self.in_features else 0           # 0: a whole row, padded or not
 
+    def kernel_kind(self) -> int:
+        return self.bits
+
     def pack_for_kernel(self):
-        values, scales, offsets = self.numbers()
-        self.packed = cpu.pack(values + self.centre, self.bits)
+        _, scales, offsets = self.numbers()
+        self.packed = cpu.pack(self.unpack(self.weight)[:, :self.in_features], self.bits)
         self.packed_scales = cpu.pack_groups(scales)
         self.packed_offsets = None if offsets is None else cpu.pack_groups(offsets)
         self.weight = self.scales = self.zeros = None
@@ -135,7 +143,7 @@ class QuantizedLinear(nn.Module):
             self.path = "stock"
         except (AttributeError, NotImplementedError, RuntimeError) as error:
             self.packed = self.packed_scales = None
-            notice(f"int{self.bits} weights are dequantized at every use: {str(error).splitlines()[0]}")
+            notice(f"{self.mode} weights are dequantized at every use: {str(error).splitlines()[0]}")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; ids [...] -> rows [..., K]."""
@@ -149,8 +157,8 @@ class QuantizedLinear(nn.Module):
         if self.perm is not None:
             x = x[..., self.perm]
         if self.path == "kernel":
-            y = cpu.linear(x, self.packed, self.packed_scales, self.packed_offsets, self.out_features, self.bits,
-                           self.kernel_group())
+            y = cpu.linear(x, self.packed, self.packed_scales, self.packed_offsets, self.out_features,
+                           self.kernel_kind(), self.kernel_group())
         else:
             y = self.stock_multiply(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
@@ -185,7 +193,7 @@ class QuantizedLinear(nn.Module):
 
 class Int8Linear(QuantizedLinear):
     """weight int8 [N, K], symmetric, by default one float32 scale per output."""
-    bits, centre, stored_dtype = 8, 0, torch.int8
+    mode, bits, centre, stored_dtype = "int8", 8, 0, torch.int8
     options = {"scale_dtype": torch.float32}
 
     @staticmethod
@@ -218,7 +226,7 @@ class Int8Linear(QuantizedLinear):
 
 class Int4Linear(QuantizedLinear):
     """weight uint8 [N, K / 2], input 2i in the low nibble of byte i; a scale and a zero point per group."""
-    bits, centre, stored_dtype = 4, 8, torch.uint8
+    mode, bits, centre, stored_dtype = "int4", 4, 8, torch.uint8
     options = {"zeros": True}
 
     @staticmethod
@@ -263,6 +271,27 @@ class Int4Linear(QuantizedLinear):
         return operator(x, self.packed, self.groupsize, self.packed_scales)
 
 
+class Fp4Linear(Int4Linear):
+    """weight uint8 [N, K / 2] as Int4Linear's, each nibble a float of 4 bits: sign, two of exponent, one of mantissa.
+    gpt-oss's experts (mxfp4: a power of two for 32 of them). Twice these floats are small whole numbers."""
+    mode, centre = "mxfp4", 0
+
+    @staticmethod
+    def value(codes: Tensor) -> Tensor:
+        magnitude = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8, device=codes.device)[(codes & 7).long()]
+        return torch.where(codes > 7, -magnitude, magnitude)
+
+    @staticmethod
+    def grid(groups: Tensor):
+        raise NotImplementedError("mxfp4 weights are read, never made")
+
+    def kernel_kind(self) -> int:
+        return cpu.FP4
+
+    def stock_pack(self):
+        raise NotImplementedError("PyTorch has no operator for them")
+
+
 class SplitLinear(nn.Module):
     """A fused layer whose parts (q, k and v; gate and up) somebody quantized in unlike ways."""
 
@@ -275,7 +304,7 @@ class SplitLinear(nn.Module):
         return torch.cat([part(x) for part in self.children()], -1)
 
 
-KINDS = {"int8": Int8Linear, "int4": Int4Linear}
+KINDS = {kind.mode: kind for kind in (Int8Linear, Int4Linear, Fp4Linear)}
 
 
 def empty_layer(in_features: int, out_features: int, mode: str, **spec) -> QuantizedLinear:
@@ -306,7 +335,7 @@ def pack_model(model: nn.Module, finish: Callable[[nn.Module], None] = lambda bl
 def describe(model: nn.Module) -> str | None:
     """'int4.g32', or with a recipe all there is: 'int4.g32 + int8'; None for a model of plain weights."""
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    kinds = Counter(f"int{m.bits}" + (f".g{m.groupsize}" if m.kernel_group() else "") for m in layers)
+    kinds = Counter(m.mode + (f".g{m.groupsize}" if m.kernel_group() else "") for m in layers)
     return " + ".join(kind for kind, _ in kinds.most_common()) or None
 
 

@@ -26,6 +26,7 @@ from model import attend as plain_attend
 SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
+FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
 
 

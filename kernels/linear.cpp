@@ -33,6 +33,7 @@
 namespace {
 
 constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
+constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
@@ -77,6 +78,28 @@ struct Int4 {
         0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
         0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040,
         0x4080, 0x40A0, 0x40C0, 0x40E0};
+    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
+    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+  }
+#endif
+};
+
+// Floats of 4 bits: sign, two bits of exponent, one of mantissa; twice their value, which is a whole number.
+struct Fp4 {
+  static constexpr int HALF = 64;
+  static inline Pair pair(const uint8_t* p, int j) {
+    static constexpr float TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    words w = read<words>(p);
+    Pair f;
+    for (int i = 0; i < 16; i++) f.even[i] = TABLE[w[i] >> (4 * j) & 15], f.odd[i] = TABLE[w[i] >> (16 + 4 * j) & 15];
+    return f;
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {
+    alignas(64) static constexpr uint16_t TABLE[32] = {
+        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040, 0xC080, 0xC0C0,
+        0xC100, 0xC140, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040,
+        0xC080, 0xC0C0, 0xC100, 0xC140};
     __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
     return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
   }
@@ -311,10 +334,10 @@ at::Tensor group_sums(const at::Tensor& x, int64_t group, int64_t block) {
   return out;
 }
 
-// x [..., K], w packed for `bits` 16, 8 or 4; scales and offsets [panels * groups * 32] or none -> [..., N] in x's dtype.
+// x [..., K], w packed for `bits` 16, 8, 4 or FP4; scales and offsets [panels * groups * 32] or none -> [..., N] in x's dtype.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optional<at::Tensor>& scales,
                   const std::optional<at::Tensor>& offsets, int64_t N, int64_t bits, int64_t group) {
-  const int64_t panels = (N + PANEL - 1) / PANEL, K = w.nbytes() * 8 / (panels * PANEL * bits);
+  const int64_t panels = (N + PANEL - 1) / PANEL, K = w.nbytes() * 8 / (panels * PANEL * (bits == FP4 ? 4 : bits));
   auto sizes = input.sizes().vec();
   at::Tensor x = input.reshape({-1, sizes.back()});
   if (x.size(1) != K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
@@ -338,6 +361,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optio
     if (bits == 16) multiply_as(Bfloat16(), zero, largest);
     if (bits == 8) multiply_as(Int8(), zero, largest);
     if (bits == 4) multiply_as(Int4(), zero, largest);
+    if (bits == FP4) multiply_as(Fp4(), zero, largest);
   };
 #ifdef BFLOAT16_DOT
   if (x.scalar_type() == at::kBFloat16) by_kind(at::BFloat16(), ROWS);

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn as nn
-from families import FAMILIES, prompt, tensors, write
+from families import FAMILIES, Family, prompt, tensors, write
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
@@ -19,7 +19,7 @@ from checkpoint import CheckpointError, load_checkpoint, weight_bytes
 from generate import attended, compile_steps, decode, make_room
 from kernels import cpu
 from model import FeedForward, ModelArgs, Transformer, run_experts
-from quantize import Int4Linear, Int8Linear, QuantizedLinear
+from quantize import Fp4Linear, Int4Linear, Int8Linear, QuantizedLinear
 
 D = 64
 
@@ -333,6 +333,48 @@ def test_mistrals_own_files(form, tmp_path):
         for i in range(files):
             torch.save(dict(new[i::files]), folder / f"consolidated.{i:02}.pth")
         torch.testing.assert_close(load_checkpoint(folder, dtype=torch.float32)(prompt()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def mxfp4_folder(path, lossless: bool):
+    """gpt-oss as released, experts in 4-bit floats, or the same numbers in float32 under the names of bfloat16 saves."""
+    family = Family("gpt_oss", FAMILIES["gpt-oss"].config | dict(intermediate_size=64))
+    write(family, path)
+    found, g = tensors(path), torch.Generator().manual_seed(5)
+    values = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6])
+    for name in [n for n in found if n.endswith(("gate_up_proj", "down_proj"))]:
+        X, K, N = found.pop(name).shape
+        blocks = torch.randint(0, 256, (X, N, K // 32, 16), generator=g).to(torch.uint8)
+        scales = torch.randint(118, 123, (X, N, K // 32), generator=g).to(torch.uint8)
+        if lossless:
+            codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()   # [X, N, K / 32, 32]
+            found[name] = (values[codes] * torch.exp2(scales.float() - 127)[..., None]).flatten(2).transpose(1, 2).contiguous()
+        else:
+            found |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config |= {} if lossless else {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_mxfp4_experts(tmp_path):
+    """gpt-oss's own files, read as they are: nibbles swapped, gate and up mixed, a scale off by two."""
+    exact = load_checkpoint(mxfp4_folder(tmp_path / "exact", True), dtype=torch.float32)
+    model = load_checkpoint(mxfp4_folder(tmp_path / "released", False), dtype=torch.float32)
+    layer = experts.layers(model)[1]
+    assert isinstance(layer.experts[2].w13, Fp4Linear)
+    assert torch.equal(layer.experts[2].w13.dequantize(), experts.layers(exact)[1].experts[2].w13.weight)
+    assert torch.equal(layer.experts[2].w2.dequantize(), experts.layers(exact)[1].experts[2].w2.weight)
+    torch.testing.assert_close(model(prompt()), exact(prompt()), rtol=0, atol=2e-5)
+    experts.pack_model(model)
+    if cpu.available():
+        assert isinstance(layer.run, experts.Stacked)
+    torch.testing.assert_close(model(prompt()), exact(prompt()), rtol=0, atol=1e-4)
+    half = experts.pack_model(load_checkpoint(tmp_path / "released", dtype=torch.bfloat16))
+    x, (weights, ids) = torch.randn(3, D).bfloat16(), routes(3, 6, 3)
+    wanted = run_experts(layer.experts, x.float(), weights, ids)
+    torch.testing.assert_close(experts.layers(half)[1].run(experts.layers(half)[1].experts, x, weights, ids).float(), wanted,
+                               rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("change, word", [
