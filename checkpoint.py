@@ -55,30 +55,35 @@ class Source:
 
 def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     trust_architecture: bool = False, progress: Callable[[int, int], None] | None = None,
-                    cut: Callable[[Transformer], dict] | None = None) -> Transformer:
+                    cut: Callable[[Transformer], dict] | None = None,
+                    place: Callable[[str], str | torch.device] | None = None) -> Transformer:
     """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype`
     (None: as stored). The weights are read once, straight into their final place: host memory peaks at the
     weights plus one tensor. progress(bytes done, bytes in all) is called after each parameter. cut: as
-    tp.cut, makes the empty model smaller and tells what is left of its tensors; only that is read. Raises
-    CheckpointError.
+    tp.cut, makes the empty model smaller and tells what is left of its tensors; only that is read. place: the
+    device of each tensor, by name, where it is not `device`; "meta" leaves it unread. Raises CheckpointError.
     """
     source = open_source(resolve(path))
     model, steps = prepare(source, trust_architecture)
     for name, (dim, ranges) in (cut(model) if cut else {}).items():
         steps[name] = cut_parts(steps[name], dim, ranges)
     dtype = dtype or common_dtype(source)
-    device = torch.device(device)
-    check_memory(weight_bytes(model, dtype), device)
+    places = {name: torch.device(place(name) if place else device) for name in model.state_dict()}
+    for wanted in set(places.values()):
+        names = [name for name, where in places.items() if where == wanted]
+        check_memory(weight_bytes(model, dtype, names), wanted)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.dtype = dtype
     done, total = 0, weight_bytes(model, dtype)
-    for name in model.state_dict():
-        weight = read_weight(source, model, steps, name, dtype, device)
+    for name, where in places.items():
+        if where.type == "meta":
+            continue
+        weight = read_weight(source, model, steps, name, dtype, where)
         done += weight.nbytes
         if progress:
             progress(done, total)
-    model.ropes.to(device)
+    model.ropes.to(torch.device(device))
     return model.eval()
 
 
@@ -209,11 +214,12 @@ def final_dtype(leaf: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if leaf in ("weight", "bias") and tensor.is_floating_point() else tensor.dtype
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Bytes of a model's parameters and stored buffers, as they are or as they would be in `dtype`."""
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None, names: list[str] | None = None) -> int:
+    """Bytes of a model's parameters and stored buffers (or those of these names), as they are or would be in `dtype`."""
     def itemsize(name, t):
         return (final_dtype(name.rpartition(".")[2], t, dtype) if dtype else t.dtype).itemsize
-    return sum(t.numel() * itemsize(name, t) for name, t in model.state_dict().items())
+    state = model.state_dict()
+    return sum(state[name].numel() * itemsize(name, state[name]) for name in (state if names is None else names))
 
 
 def free_memory(device: torch.device) -> int | None:

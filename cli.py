@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -391,19 +392,23 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 
 # ---- entry -------------------------------------------------------------------------------------------------
 
-def run(o: argparse.Namespace):
+def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
+    """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
+    return load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
+
+
+def run(o: argparse.Namespace, load: Callable = load):
     ranks.start(o.device)
     ranks.same("their flags", {k: v for k, v in vars(o).items() if not k.endswith("path")})
-    began = time.perf_counter()
-    model, tokenizer = load_model(o.checkpoint_path, o.device, o.dtype,
-                                  trust_architecture=o.trust_architecture)
+    began, report = time.perf_counter(), {}
+    model, tokenizer = load(o, report)
     weight = model.norm.weight
     if o.max_seq_length is not None:
         if o.max_seq_length > model.args.max_position:
             say(o, f"note: max_seq_length {o.max_seq_length} is beyond the {model.args.max_position} tokens "
                    "the model was trained for")
         model.limit = o.max_seq_length
-    report = {"model": o.checkpoint_path, "params": model.n_parameters,
+    report |= {"model": o.checkpoint_path, "params": model.n_parameters,
               "dtype": str(weight.dtype).removeprefix("torch."), "quant": describe(model), "device": str(weight.device),
               "torch": torch.__version__, "python": sys.version.split()[0],
               "load_s": time.perf_counter() - began}
@@ -422,9 +427,9 @@ def run(o: argparse.Namespace):
         run_prompts(o, model, tokenizer, speculation, report)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, p: argparse.ArgumentParser | None = None, load: Callable = load) -> int:
     ranks.hush()
-    p = parser()
+    p = p or parser()
     o = p.parse_args(argv)
     o.quiet = o.quiet or o.json
     try:
@@ -441,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
     if o.lookup_ngram and not o.prompt_lookup:
         p.error("--lookup_ngram belongs to --prompt_lookup")
     try:
-        run(o)
+        run(o, load)
     except torch.OutOfMemoryError as error:
         ranks.fail(f"out of memory on {o.device}: {str(error).splitlines()[0]}")
         return 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import quantize
 from kernels import cpu
-from model import ACTIVATIONS, MoEFeedForward, Transformer, run_experts
+from model import ACTIVATIONS, FeedForward, MoEFeedForward, Transformer, run_experts
 from quantize import QuantizedLinear
 
 GATHER = 4                              # tokens a call, up to which an accelerator gathers
@@ -38,67 +38,110 @@ def pack_model(model: Transformer) -> Transformer:
 
 # ---- the CPU kernel ----------------------------------------------------------------------------------------
 
-class Stacked:
-    """All experts' packed weights in one tensor of each kind; the layers keep views, so that no memory is added."""
+class Records:
+    """All experts of a layer, each as one run of bytes: `bytes` [X, n]. The layers keep views, so that no memory is
+    added. written: such bytes, whose layers are but a pattern. Raises ValueError where experts are not of one form."""
 
-    def __init__(self, layer: MoEFeedForward):
-        kinds = [[expert.w13 for expert in layer.experts], [expert.w2 for expert in layer.experts]]
-        self.w = [self.stack(kind, "packed") for kind in kinds]
-        self.more = [self.stack(kind, name) for kind in kinds for name in ("packed_scales", "packed_offsets", "bias")]
-        self.sizes = [n for kind in kinds for n in self.form(kind[0])[1:4]]
+    def __init__(self, experts: nn.ModuleList, written: Tensor | None = None):
+        forms = [[(name, t.dtype, t.shape) for name, t in tensors_of(expert)] for expert in experts]
+        if any(form != forms[0] for form in forms):
+            raise ValueError("the experts of a layer were quantized in unlike ways")
+        self.parts, n = [], 0           # name, dtype, shape, first byte; each begins at a multiple of 64
+        for name, dtype, shape in forms[0]:
+            self.parts.append((name, dtype, shape, n))
+            n += -(-shape.numel() * dtype.itemsize // 64) * 64
+        self.bytes = torch.empty(len(forms), n, dtype=torch.uint8) if written is None else written
+        for record, expert in zip(self.bytes, experts):
+            for (_, old), view in zip(tensors_of(expert), self.views(record)) if written is None else ():
+                view.copy_(old)
+            self.point(expert, record)
+
+    def views(self, record: Tensor) -> list[Tensor]:
+        """The parts of one record [n], or of all [X, n]."""
+        return [record[..., at:at + shape.numel() * dtype.itemsize].view(dtype).view(*record.shape[:-1], *shape)
+                for _, dtype, shape, at in self.parts]
+
+    def point(self, expert: FeedForward, record: Tensor):
+        """Let an expert's tensors be those of a record."""
+        for (name, *_), view in zip(self.parts, self.views(record)):
+            owner, _, leaf = name.rpartition(".")
+            put(expert.get_submodule(owner), leaf, view)
+
+
+def tensors_of(expert: FeedForward) -> list[tuple[str, Tensor]]:
+    return [*expert.named_parameters(), *expert.named_buffers()]
+
+
+def put(layer: nn.Module, name: str, value: Tensor):
+    setattr(layer, name, nn.Parameter(value, requires_grad=False) if name in layer._parameters else value)
+
+
+def combine(outputs: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over its experts of what they made of each token: [T, A, D], [T, A] -> [T, D]."""
+    return (outputs.float() * weights[..., None]).sum(1).to(outputs.dtype)
+
+
+class Stacked:
+    """The kernel, which takes all experts of a layer and picks the rows of each itself."""
+
+    def __init__(self, layer: MoEFeedForward, written: Tensor | None = None):
+        self.records = Records(layer.experts, written)
+        found = dict(zip((name for name, *_ in self.records.parts), self.records.views(self.records.bytes)))
+        kinds = [layer.experts[0].w13, layer.experts[0].w2]
+        self.w = [found["w13.packed"], found["w2.packed"]]
+        self.more = [found.get(f"{kind}.{name}") for kind in ("w13", "w2")
+                     for name in ("packed_scales", "packed_offsets", "bias")]
+        self.sizes = [n for kind in kinds for n in self.form(kind)]
         self.clamped = layer.experts[0].activation is ACTIVATIONS["silu_clamped"]
 
     def __call__(self, experts: nn.ModuleList, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        return torch.ops.cpu_kernels.experts(x, weights, ids, self.w, self.more, self.sizes, self.clamped)
+        return combine(self.outputs(x, ids), weights)
+
+    def outputs(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [T, D], ids [T, A] -> [T, A, D]; zeros for an id of -1."""
+        return torch.ops.cpu_kernels.experts(x, ids, self.w, self.more, self.sizes, self.clamped)
 
     @staticmethod
-    def stack(kind: list[nn.Module], name: str) -> Tensor | None:
-        tensors = [getattr(module, name, None) for module in kind]
-        if tensors[0] is None:
-            return None
-        whole = torch.stack(tensors)
-        for module, part in zip(kind, whole):
-            setattr(module, name, part)
-        return whole
-
-    @staticmethod
-    def form(module: nn.Module) -> tuple | None:
-        """What must be alike in all experts: class, outputs, bits, group, which tensors there are. None: not packed."""
+    def form(module: nn.Module) -> tuple[int, int, int] | None:
+        """Outputs, bits and group for the kernel; None for what it does not multiply."""
         if isinstance(module, cpu.PackedLinear):
-            return cpu.PackedLinear, module.out_features, 16, 0, module.bias is not None
+            return module.out_features, 16, 0
         if isinstance(module, QuantizedLinear) and module.path == "kernel" and module.perm is None and not module.skip:
-            kinds = tuple(t is not None and t.dtype for t in (module.packed_scales, module.packed_offsets, module.bias))
-            return type(module), module.out_features, module.kernel_kind(), module.kernel_group(), kinds
+            return module.out_features, module.kernel_kind(), module.kernel_group()
         return None
 
     @classmethod
     def fits(cls, layer: MoEFeedForward) -> bool:
-        forms = {(cls.form(expert.w13), cls.form(expert.w2)) for expert in layer.experts}
+        forms = {(cls.form(expert.w13), cls.form(expert.w2), *(name for name, _ in tensors_of(expert)))
+                 for expert in layer.experts}
         known = layer.experts[0].activation in (ACTIVATIONS["silu"], ACTIVATIONS["silu_clamped"])
         return known and len(forms) == 1 and None not in forms.pop()
 
 
 # ---- the plain loop as one operator ------------------------------------------------------------------------
 
-KNOWN: weakref.WeakValueDictionary[int, nn.ModuleList] = weakref.WeakValueDictionary()
+KNOWN: weakref.WeakValueDictionary[int, "Opaque"] = weakref.WeakValueDictionary()
 
 
 class Opaque:
     """The plain loop under a number: which experts run is known only when it does, and a graph cannot hold that."""
 
     def __init__(self, layer: MoEFeedForward):
-        self.number = id(layer.experts)
-        KNOWN[self.number] = layer.experts
+        self.experts, self.number = layer.experts, id(self)
+        KNOWN[self.number] = self
 
     def __call__(self, experts: nn.ModuleList, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return opaque(x, weights, ids, self.number)
-        return run_experts(experts, x, weights, ids)
+        return self.plain(x, weights, ids)
+
+    def plain(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return run_experts(self.experts, x, weights, ids)
 
 
 @torch.library.custom_op("mixture::run_experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def opaque(x: Tensor, weights: Tensor, ids: Tensor, number: int) -> Tensor:
-    return run_experts(KNOWN[number], x, weights, ids)
+    return KNOWN[number].plain(x, weights, ids)
 
 
 @opaque.register_fake
@@ -125,7 +168,7 @@ class Gathered(Opaque):
     def gather(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         gate, up = product(self.up, x[:, None], ids).chunk(2, dim=-1)                # [T, A, F] each
         y = product(self.down, self.activation(gate, up), ids)                       # [T, A, D]
-        return (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        return combine(y, weights)
 
 
 def stacked(layers: list[nn.Module]) -> nn.Module | None:
@@ -143,10 +186,6 @@ def stacked(layers: list[nn.Module]) -> nn.Module | None:
             for layer, part in zip(layers, together):
                 put(layer, name, part)
     return whole
-
-
-def put(layer: nn.Module, name: str, value: Tensor):
-    setattr(layer, name, nn.Parameter(value, requires_grad=False) if name in layer._parameters else value)
 
 
 def product(stack: nn.Module, x: Tensor, ids: Tensor) -> Tensor:

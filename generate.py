@@ -334,7 +334,7 @@ def check_length(prompt: int, new: int, limit: int):
 # ---- for Python callers ------------------------------------------------------------------------------------
 
 def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | torch.dtype = "auto",
-               **options) -> tuple[Transformer, Tokenizer]:
+               pack: Callable[[Transformer], Transformer] = pack_model, **options) -> tuple[Transformer, Tokenizer]:
     """A checkpoint (folder, file or hub id) as a model ready to generate, and its tokenizer.
 
     The model carries what belongs to the checkpoint and not to the mathematics: `end_ids`,
@@ -347,7 +347,7 @@ def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | tor
     tokenizer = load_tokenizer(path)
     several = ranks.size() > 1
     model = load_checkpoint(path, device=device, dtype=dtype, cut=tp.cut if several else None, **options)
-    pack_model(model)
+    pack(model)
     if several:
         tp.connect(model)
     model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)

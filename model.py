@@ -374,11 +374,11 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)                                                      # [B*T, D]
+        shared = None if self.shared is None else self.shared(x)
+        if self.shared_gate is not None:
+            shared = torch.sigmoid(self.shared_gate(x)) * shared
         y = self.run(self.experts, rows, *self.route(rows)).view_as(x)
-        if self.shared is None:
-            return y
-        shared = self.shared(x)
-        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        return y if shared is None else y + shared
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the chosen experts' weights, float32, and ids, both [T, A]."""

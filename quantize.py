@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
         """Of the rows `ids`, packed or not: values less `centre`, int8 [..., K]; scales [..., G]; offsets, what is
         added to the values before scaling, int8 [..., G] or None."""
         if self.path == "kernel":
-            index = torch.arange(self.out_features)[ids] if isinstance(ids, slice) else ids
+            index = torch.arange(self.out_features, device=self.packed.device)[ids] if isinstance(ids, slice) else ids
             codes = cpu.rows(self.packed, index, self.out_features, self.bits)
             groups = [None if t is None else cpu.group_rows(t, index, self.out_features)
                       for t in (self.packed_scales, self.packed_offsets)]
@@ -134,6 +134,17 @@ class QuantizedLinear(nn.Module):
         self.weight = self.scales = self.zeros = None
         self.path = "kernel"
 
+    def unpack_from_kernel(self):
+        """Back to the buffers as on disk, so that another device can pack them."""
+        if self.path == "kernel":
+            every = torch.arange(self.out_features)
+            codes = cpu.rows(self.packed, every, self.out_features, self.bits)[:, :self.in_features]
+            _, scales, offsets = self.numbers()
+            self.weight, self.scales = self.store(codes), scales.contiguous()
+            self.zeros = None if offsets is None else (self.centre - offsets.to(torch.int16)).to(self.stored_dtype)
+            self.packed = self.packed_scales = self.packed_offsets = None
+            self.path = "plain"
+
     def pack_for_stock(self):
         """Packed tensors beside the plain ones, which many rows and lookups use; a trial tells whether the
         operator is there and takes this shape."""
@@ -152,7 +163,8 @@ class QuantizedLinear(nn.Module):
         if self.skip:
             x = F.pad(x, (self.skip, 0))
         rows = x.numel() // x.shape[-1]
-        if self.path == "plain" or self.path == "stock" and (rows > STOCK_ROWS[self.bits] or x.dtype != self.dtype):
+        elsewhere = self.path == "kernel" and x.device.type != "cpu"                 # a copy of a layer of the host's
+        if self.path == "plain" or elsewhere or self.path == "stock" and (rows > STOCK_ROWS[self.bits] or x.dtype != self.dtype):
             return self.plain_multiply(x)
         if self.perm is not None:
             x = x[..., self.perm]

@@ -47,7 +47,7 @@ def available() -> bool:
               file=sys.stderr, flush=True)
         return False
     torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
-    torch.library.register_fake("cpu_kernels::experts", lambda x, *rest: x.new_empty(x.shape))
+    torch.library.register_fake("cpu_kernels::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     torch.library.register_fake("cpu_attention::attend", shape_of_attend)
     return True
 
@@ -185,6 +185,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":      # a copy of an expert that lives on the host
+            every = torch.arange(self.out_features, device=x.device)
+            return F.linear(x, rows(self.packed, every, self.out_features, 16)[..., :self.in_features], self.bias)
         y = linear(x, self.packed, None, None, self.out_features, 16, 0)
         return y if self.bias is None else y + self.bias
 
@@ -202,14 +205,14 @@ class PackedTable(PackedLinear):
 def pack_part(model: nn.Module, part: nn.Module):
     """Put a part of a CPU model, or all of it, on the kernels: attention, and products of bfloat16 one by one, so that
     memory grows by one layer at most."""
-    if model.norm.weight.device.type != "cpu" or not available():
+    if not available():
         return
     for name, module in list(part.named_modules()):
-        if hasattr(module, "attend"):
+        if hasattr(module, "attend") and model.norm.weight.device.type == "cpu":
             module.attend = attend
         tied = module is model.tok_embeddings and model.output is None
         weight = module.weight if tied or isinstance(module, nn.Linear) else None
-        if weight is None or weight.dtype != torch.bfloat16:
+        if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
             continue
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
         parent, _, leaf = name.rpartition(".")

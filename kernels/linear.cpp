@@ -19,7 +19,6 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -397,38 +396,32 @@ at::Tensor gated(const at::Tensor& h, bool clamped) {
   return gate.mul(1.702).sigmoid_().mul_(gate).mul_(up.clamp(-7, 7).add_(1));
 }
 
-// model.run_experts over stacked weights: x [T, D], weights float and ids [T, A] -> [T, D]. An expert that is wanted runs
-// once, on the rows that want it; in the order of their numbers, so that a row's sum does not depend on its neighbours.
-at::Tensor experts(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& ids, at::TensorList w,
+// What each token's experts make of it: x [T, D], ids [T, A] -> [T, A, D]; zeros for an id of -1. An expert that is wanted
+// runs once, on all rows that want it.
+at::Tensor experts(const at::Tensor& input, const at::Tensor& ids, at::TensorList w,
                    const c10::List<std::optional<at::Tensor>>& more, at::IntArrayRef sizes, bool clamped) {
-  const at::Tensor x = input.contiguous(), share = weights.contiguous(), chosen = ids.contiguous();
+  const at::Tensor x = input.contiguous(), chosen = ids.contiguous();
   const Stack up{w[0], more[0], more[1], more[2], sizes[0], sizes[1], sizes[2]};
   const Stack down{w[1], more[3], more[4], more[5], sizes[3], sizes[4], sizes[5]};
-  const int64_t T = x.size(0), D = x.size(1), A = chosen.size(1), X = w[0].size(0);
+  const int64_t T = x.size(0), D = x.size(1), A = chosen.size(1), nbytes = D * x.element_size();
   const int64_t* id = chosen.const_data_ptr<int64_t>();
-  std::vector<std::vector<int64_t>> places(X);                  // where each expert is wanted, of T * A places
-  for (int64_t i = 0; i < T * A; i++) places[id[i]].push_back(i);
-  at::Tensor sum = at::zeros({T, D}, x.options().dtype(at::kFloat));
-  float* y = sum.data_ptr<float>();
-  for (int64_t e = 0; e < X; e++) {
-    const auto& wanted = places[e];
-    const int64_t n = wanted.size();
+  std::vector<std::vector<int64_t>> places(w[0].size(0));       // where each expert is wanted, of T * A places
+  at::Tensor out = at::empty({T, A, D}, x.options());
+  char* y = (char*)out.data_ptr();
+  for (int64_t i = 0; i < T * A; i++)
+    if (id[i] >= 0) places[id[i]].push_back(i);
+    else std::memset(y + i * nbytes, 0, nbytes);
+  for (size_t e = 0; e < places.size(); e++) {
+    const int64_t n = places[e].size();
     if (!n) continue;
-    at::Tensor rows = x;
-    if (n != 1 || T != 1) {
-      rows = at::empty({n, D}, x.options());
-      const int64_t nbytes = D * x.element_size();
-      for (int64_t i = 0; i < n; i++)
-        std::memcpy((char*)rows.data_ptr() + i * nbytes, (const char*)x.const_data_ptr() + wanted[i] / A * nbytes, nbytes);
-    }
-    const at::Tensor out = down.multiply(gated(up.multiply(rows, e), clamped), e).to(at::kFloat);
-    const float *from = out.const_data_ptr<float>(), *factor = share.const_data_ptr<float>();
-    at::parallel_for(0, n, std::max<int64_t>(1, 16384 / D), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        for (int64_t d = 0; d < D; d++) y[wanted[i] / A * D + d] += factor[wanted[i]] * from[i * D + d];
-    });
+    at::Tensor rows = T == 1 ? x : at::empty({n, D}, x.options());
+    for (int64_t i = 0; T > 1 && i < n; i++)
+      std::memcpy((char*)rows.data_ptr() + i * nbytes, (const char*)x.const_data_ptr() + places[e][i] / A * nbytes, nbytes);
+    const at::Tensor made = down.multiply(gated(up.multiply(rows, e), clamped), e);
+    for (int64_t i = 0; i < n; i++)
+      std::memcpy(y + places[e][i] * nbytes, (const char*)made.const_data_ptr() + i * nbytes, nbytes);
   }
-  return sum.to(x.scalar_type());
+  return out;
 }
 
 }  // namespace
@@ -439,7 +432,7 @@ at::Tensor experts(const at::Tensor& input, const at::Tensor& weights, const at:
 
 TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
-  m.def("experts(Tensor x, Tensor weights, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
+  m.def("experts(Tensor x, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
