@@ -230,10 +230,10 @@ class Int8Linear(QuantizedLinear):
     def stock_pack(self):
         if self.groupsize != self.in_features or self.zeros is not None or self.in_features % 16:
             raise NotImplementedError("PyTorch's int8 operator takes one scale per output and rows of 16 n")
-        return self.weight, self.scales.flatten().to(self.dtype)
+        return None, self.scales.flatten().to(self.dtype)      # the weight serves as it is
 
     def stock_multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.packed_scales)
+        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.packed_scales)
 
 
 class Int4Linear(QuantizedLinear):

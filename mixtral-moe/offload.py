@@ -83,11 +83,11 @@ def plan(path: Path, device: torch.device, dtype: torch.dtype, vram_gb: float | 
         vram_gb = 0.95 * free_memory(device) / 1e9 if vram_gb is None else vram_gb
     room = 0.0 if vram_gb is None else vram_gb * 1e9 - s.device
     if room < 0:
-        raise ValueError(f"--vram_gb {vram_gb:.2f} is less than the {s.device / 1e9:.2f} GB that must be on the device: all "
+        raise ValueError(f"--vram_gb {vram_gb:.3g} is less than the {s.device / 1e9:.3g} GB that must be on the device: all "
                          f"but the experts, a cache for {ROOM_FOR} tokens and two experts in transit")
     free = free_memory(torch.device("cpu"))
     if free is not None and s.host > free and not mapped:
-        raise ValueError(f"the experts need {s.host / 1e9:.2f} GB of host memory and {free / 1e9:.2f} GB are free: quantize "
+        raise ValueError(f"the experts need {s.host / 1e9:.3g} GB of host memory and {free / 1e9:.3g} GB are free: quantize "
                          "them, or give --expert_file, from which they are mapped")
     return s, room
 
