@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import offload  # noqa: E402
 from benchmark import tensor_names  # noqa: E402
-from checkpoint import CheckpointError, args_from  # noqa: E402
+from checkpoint import CheckpointError, args_from, weight_bytes  # noqa: E402
 from figures import probe_bandwidth  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 from quantize import empty_layer  # noqa: E402
@@ -49,8 +49,8 @@ def line(args: ModelArgs, mode: str, vram_gb: float, device_gbs: float, host_gbs
     copies = max(0, min(int(room // s.expert), s.each * len(s.layers)))
     share = copies / (s.each * len(s.layers))
     active = s.expert * args.active_experts * len(s.layers)
-    table = 0 if args.tied else model.tok_embeddings.weight.numel() * 2
-    dense = sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if not offload.is_expert(n)) - table
+    unread = () if args.tied else ("tok_embeddings.weight",)
+    dense = weight_bytes(model, torch.bfloat16, [n for n in model.state_dict() if not offload.is_expert(n) and n not in unread])
     seconds = (dense + share * active) / device_gbs / 1e9 + (1 - share) * active / host_gbs / 1e9
     seconds += WAIT * len(s.layers) if share < 1 else 0
     return {"mode": mode, "vram_gb": vram_gb, "device_gb": (s.device + copies * s.expert) / 1e9, "host_gb": s.host / 1e9,

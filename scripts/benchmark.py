@@ -33,6 +33,7 @@ from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
 from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
 from model import Transformer  # noqa: E402
 from quantize import KINDS, describe  # noqa: E402
+from peers import make_peers  # noqa: E402
 from sampling import Sampler, Sampling  # noqa: E402
 
 
@@ -119,11 +120,15 @@ def measure(o: argparse.Namespace) -> dict:
     def prefill():
         run_prefill(model, steps, rows)[0, 0].item()
     make_room(model, o.batch_size, o.prompt_tokens)
-    first_prefill = seconds(prefill)
+    first_prefill = seconds(prefill) if o.prompt_tokens else 0.0
     small = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.filled + o.new_tokens)
     first_decode = seconds(small)
     exchange = exchange_work(model, o.batch_size) if ranks.size() > 1 else None
+    peers = make_peers(o.against, model.args, o.mode, max(o.prompt_tokens, o.filled + o.new_tokens) + 16)
+    for peer in peers:
+        warm_up(peer, o)
     times = {"probe": [], "decode": [], "prefill": [], "large_cache": [], "exchange": []}
+    theirs = [{"decode": [], "prefill": []} for _ in peers]
     for _ in range(o.rounds):                       # alternating: all see the same drift
         times["probe"].append(probe_bandwidth(device, repeats=3))
         times["decode"].append(seconds(small) / o.new_tokens)
@@ -131,12 +136,33 @@ def measure(o: argparse.Namespace) -> dict:
             times["prefill"].append(seconds(prefill))
         if ranks.size() > 1:
             times["exchange"].append(seconds(exchange))
+        for peer, found in zip(peers, theirs):
+            found["decode"].append(seconds(lambda peer=peer: peer.decode(o.filled, o.new_tokens)) / o.new_tokens)
+            if o.prompt_tokens:
+                found["prefill"].append(seconds(lambda peer=peer: peer.prefill(o.prompt_tokens)))
+                peer.prefill(o.filled)
     if o.capacity:                                  # the same step with a large cache around the same tokens
         large = decode_work(model, steps, o.batch_size, o.filled, o.new_tokens, o.capacity - 16)
         seconds(large)
         for _ in range(o.rounds):
             times["large_cache"].append(seconds(large) / o.new_tokens)
-    return result(o, model, device, times, first_prefill, first_decode)
+    found = result(o, model, device, times, first_prefill, first_decode)
+    found["peers"] = [against(o, peer, found, peer_times) for peer, peer_times in zip(peers, theirs)]
+    return found
+
+
+def warm_up(peer, o):
+    peer.prefill(o.filled)
+    peer.decode(o.filled, 2)
+
+
+def against(o, peer, ours: dict, times: dict) -> dict:
+    """A peer's medians, and ours over them."""
+    decode, prefill = (statistics.median(times[name]) if times[name] else None for name in ("decode", "prefill"))
+    return {"name": peer.name, "version": peer.version, "kind": peer.kind, "decode_tok_s": 1 / decode,
+            "decode_ratio": ours["decode_tok_s"] * decode,
+            "prefill_tok_s": o.prompt_tokens / prefill if prefill else None,
+            "prefill_ratio": ours["prefill_tok_s"] * prefill / o.prompt_tokens if prefill else None}
 
 
 def result(o, model: Transformer, device, times: dict, first_prefill: float, first_decode: float) -> dict:
@@ -152,9 +178,9 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
         "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
         "decode_tok_s": o.batch_size / median["decode"], "bandwidth_gbs": read / median["decode"] / 1e9,
         "share_of_bandwidth": read / median["decode"] / median["probe"],
-        "prefill_tokens": o.prompt_tokens, "prefill_s": median["prefill"],
-        "prefill_tok_s": o.batch_size * o.prompt_tokens / median["prefill"],
-        "ttft_s": median["prefill"] + median["decode"], "first_prefill_s": first_prefill,
+        "prefill_tokens": o.prompt_tokens, "prefill_s": median.get("prefill", 0.0),
+        "prefill_tok_s": o.batch_size * o.prompt_tokens / median["prefill"] if o.prompt_tokens else 0.0,
+        "ttft_s": median.get("prefill", 0.0) + median["decode"], "first_prefill_s": first_prefill,
         "compile_s": max(first_decode - o.new_tokens * median["decode"], 0.0) if o.compile else 0.0,
         "peak_mem_bytes": peak_memory(device), "ranks": ranks.size()}
     if "exchange" in median:
@@ -181,6 +207,8 @@ def main():
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--compile", action="store_true")
     p.add_argument("--compile_prefill", action="store_true")
+    p.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="PEERS",
+                   help="llama.cpp,transformers: time them in the same rounds, where installed (see peers.py)")
     p.add_argument("--json", action="store_true")
     ranks.hush()
     o = p.parse_args()
@@ -201,6 +229,10 @@ def main():
           f"{100 * found['share_of_bandwidth']:.0f} % of the probe")
     print(f"prefill of {o.prompt_tokens:<5d} {found['prefill_tok_s']:8.1f} tok/s   "
           f"first token after {found['ttft_s']:.3f} s")
+    for peer in found["peers"]:
+        print(f"{peer['name']:<16s} {peer['decode_tok_s']:8.1f} tok/s, ours {peer['decode_ratio']:.2f} x"
+              + (f"; prefill {peer['prefill_tok_s']:.1f} tok/s, ours {peer['prefill_ratio']:.2f} x" if peer["prefill_tok_s"] else "")
+              + f"   ({peer['kind']}, version {peer['version']})")
     if "communication_share" in found:
         print(f"{found['ranks']} ranks          {100 * found['communication_share']:8.1f} % of a step is their "
               f"exchange; peak memory {', '.join(f'{n / 1e9:.2f}' for n in found['peak_mem_bytes_of_ranks'])} GB")
