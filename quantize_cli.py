@@ -230,6 +230,8 @@ def exportable(source: Source, model: Transformer, steps: dict, chosen: dict) ->
     """`chosen` without the head, which those programs want unquantized; raises for what the format cannot hold."""
     if source.own or not source.path.is_dir() or any(p.head_dim for parts in steps.values() for p in parts):
         raise ValueError("--format compressed-tensors needs a Hugging Face folder as --checkpoint_path")
+    if {part.source for parts in steps.values() for part in parts} - set(open_source(source.path).tensors):
+        raise ValueError("--format compressed-tensors needs experts that are stored one by one, each under its own name")
     chosen = {name: ("none", 0) if name in ("output", "tok_embeddings") else how for name, how in chosen.items()}
     for name, (mode, group) in chosen.items():
         K = model.get_submodule(name).weight.shape[1]

@@ -16,10 +16,12 @@ import figures
 import gptq
 import quantize_cli
 from checkpoint import CheckpointError, load_checkpoint, weight_bytes
-from generate import attended, compile_steps, decode, make_room
+from generate import attended, compile_steps, decode, generate, make_room
 from kernels import cpu
 from model import FeedForward, ModelArgs, Transformer, run_experts
 from quantize import Fp4Linear, Int4Linear, Int8Linear, QuantizedLinear
+from speculate import Speculation
+from tp_worker import NoText
 
 D = 64
 
@@ -268,6 +270,39 @@ def test_quantize_a_folder_of_experts(mode, tmp_path):
             w.weight.data, w.bias = m.dequantize(), m.bias if m.bias is None else nn.Parameter(m.bias)
             setattr(model.get_submodule(parent), leaf, w)
     torch.testing.assert_close(plain, model(prompt()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "olmoe"])
+def test_export_of_experts(name, tmp_path):
+    """Experts under each other's names, read back as others' files are."""
+    family = FAMILIES[name]
+    path = write(Family(family.model_type, family.config | dict(intermediate_size=64)), tmp_path / "m")
+    for form, more in (("exported", ["--format", "compressed-tensors"]), ("own.safetensors", ["--recipe", "output=none"])):
+        assert quantize_cli.main(["--checkpoint_path", str(path), "--mode", "int4", "--quiet", "--output",
+                                  str(tmp_path / form), *more]) == 0
+    both = [load_checkpoint(tmp_path / form, dtype=torch.float32)(prompt()) for form in ("exported", "own.safetensors")]
+    assert torch.equal(*both)
+
+
+def test_stacked_experts_are_not_exported(tmp_path, capsys):
+    path = write("granite-moe", tmp_path / "m")
+    assert quantize_cli.main(["--checkpoint_path", str(path), "--mode", "int4", "--quiet", "--format", "compressed-tensors"]) == 2
+    assert "stored one by one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_speculation_on_experts(dtype):
+    """Rows of a block that meet in an expert and change each other's numbers."""
+    if dtype == torch.bfloat16 and not cpu.available():
+        pytest.skip("there is no C++ compiler: only the kernels give one row and several the same bits")
+    model, draft = (experts.pack_model(random_model(dtype, seed=seed)) for seed in (0, 1))
+    for m in (model, draft):
+        m.end_ids, m.generation_config, m.limit = set(), {}, 256
+    prompts = [[5, 6, 7, 8, 5, 6, 7], list(range(3, 20))][:1 if dtype == torch.bfloat16 else 2]      # up to 9 rows at once
+    plain = [row.ids for row in generate(model, NoText(), prompts, max_new_tokens=40, temperature=0)]
+    for k, guesser in ((1, draft), (4, draft), (4, model), (4, None)):
+        rows = generate(model, NoText(), prompts, max_new_tokens=40, temperature=0, speculation=Speculation(guesser, k))
+        assert [row.ids for row in rows] == plain
 
 
 # ---- files -------------------------------------------------------------------------------------------------
