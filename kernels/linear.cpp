@@ -223,7 +223,9 @@ void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at:
 struct Product {
   int64_t M, N, K, block;             // block: rows of x laid out together; the last one has the rest
   const uint8_t* w;
-  at::Tensor scales, offsets, x_sum;  // x_sum as x: blocks of [groups][rows]
+  at::Tensor x, y;                    // x in its blocks; y [M, N]
+  at::Tensor scales, offsets;
+  std::vector<float> x_sum;           // as x: blocks of [groups][rows]
   int64_t group = 0;                  // 0: no scales
 };
 
@@ -234,7 +236,8 @@ struct Scratch {
 };
 
 template <class W, class X>
-void panel(const Product& p, int64_t index, const X* x, Scratch& s) {
+void panel(const Product& p, int64_t index, Scratch& s) {
+  const X* x = p.x.const_data_ptr<X>();
   constexpr int LARGEST = std::is_same_v<X, at::BFloat16> ? ROWS : 4;
   using Rows = std::make_integer_sequence<int, LARGEST>;
   const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
@@ -266,7 +269,7 @@ void panel(const Product& p, int64_t index, const X* x, Scratch& s) {
         if (once) multiply_rows<Bfloat16, X>(rows, Rows(), from, xs, plain, y, first > 0);
         else multiply_rows<W, X>(rows, Rows(), from, xs, plain, y, first > 0);
       } else {
-        if (g.offset) g.x_sum = p.x_sum.const_data_ptr<float>() + m * count;
+        if (g.offset) g.x_sum = p.x_sum.data() + m * count;
         multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
       }
     }
@@ -284,17 +287,22 @@ template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
   std::copy_n(sums, n, y);
 }
 
+// Several products of one shape, but for their rows; the threads share all their panels.
 template <class W, class X, class Y>
-void run(const Product& p, const X* x, Y* y) {
+void run(const std::vector<Product>& products) {
+  int64_t rows = 0;
+  for (const Product& p : products) rows = std::max(rows, p.M);
+  const int64_t K = products[0].K, panels = (products[0].N + PANEL - 1) / PANEL;
   // a thread is worth waking for 64 K multiplications
-  const int64_t grain = std::max<int64_t>(1, 65536 / (p.K * PANEL * std::min<int64_t>(p.M, 8)));
-  at::parallel_for(0, (p.N + PANEL - 1) / PANEL, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / (K * PANEL * std::min<int64_t>(rows, 8)));
+  at::parallel_for(0, panels * products.size(), grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch s;
-    s.y.resize(p.M * PANEL);
+    s.y.resize(rows * PANEL);
     for (int64_t i = begin; i < end; i++) {
-      panel<W, X>(p, i, x, s);
-      const int64_t n = std::min<int64_t>(PANEL, p.N - i * PANEL);
-      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, y + m * p.N + i * PANEL);
+      const Product& p = products[i / panels];
+      const int64_t first = i % panels * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
+      panel<W, X>(p, i % panels, s);
+      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, p.y.data_ptr<Y>() + m * p.N + first);
     }
   });
 }
@@ -320,53 +328,76 @@ at::Tensor arrange(const at::Tensor& x, int64_t block) {
   return out;
 }
 
-at::Tensor group_sums(const at::Tensor& x, int64_t group, int64_t block) {
-  const int64_t M = x.size(0), G = (x.size(1) + group - 1) / group;
-  const at::Tensor whole = at::constant_pad_nd(x, {0, G * group - x.size(1)});
-  const at::Tensor sums = whole.view({M, G, group}).sum(-1, false, at::kFloat);
-  if (M == 1) return sums;
-  auto out = at::empty({M * G}, sums.options());
-  for (int64_t m = 0; m < M; m += block) {
-    const int64_t rows = std::min(block, M - m);
-    out.narrow(0, m * G, rows * G).view({G, rows}).copy_(sums.narrow(0, m, rows).t());
-  }
+template <class X>
+std::vector<float> group_sums(const at::Tensor& x, int64_t group, int64_t block) {
+  const int64_t M = x.size(0), K = x.size(1), G = (K + group - 1) / group;
+  const at::Tensor from = x.to(c10::CppTypeToScalarType<X>::value).contiguous();
+  std::vector<float> out(M * G);
+  at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      const int64_t first = m / block * block, rows = std::min(block, M - first);
+      const X* in = from.const_data_ptr<X>() + m * K;
+      for (int64_t g = 0; g < G; g++) {
+        floats total = {};
+        int64_t k = g * group;
+        const int64_t last = std::min(k + group, K);
+        for (; k + 16 <= last; k += 16) total += load16(in + k);
+        float& y = out[first * G + g * rows + m - first] = sum(total);
+        for (; k < last; k++) y += float(in[k]);
+      }
+    }
+  });
   return out;
+}
+
+// Rows x [M, K] and a weight: y [M, N] = x @ w.T. Shapes are the same in all jobs, but for M.
+struct Job {
+  at::Tensor x, w, y;
+  std::optional<at::Tensor> scales, offsets;
+};
+
+template <class W, class X>
+void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t group, int64_t largest) {
+  std::vector<Product> products;
+  for (const Job& job : jobs) {
+    const int64_t M = job.x.size(0), blocks = (M + largest - 1) / largest, block = (M + blocks - 1) / blocks;   // even ones
+    Product p{M, N, K, block, (const uint8_t*)job.w.const_data_ptr(), arrange<X>(job.x, block), job.y, {}, {}, {}};
+    if (job.scales) p.scales = *job.scales, p.group = group ? group : K;             // 0: one group, the whole row
+    if (job.offsets) p.offsets = *job.offsets, p.x_sum = group_sums<X>(job.x, p.group, block);
+    products.push_back(std::move(p));
+  }
+  const auto type = jobs[0].x.scalar_type();
+  if (type == at::kBFloat16) run<W, X, at::BFloat16>(products);
+  else if (type == at::kHalf) run<W, X, at::Half>(products);
+  else run<W, X, float>(products);
+}
+
+void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group) {
+  const int64_t panels = (N + PANEL - 1) / PANEL;
+  const int64_t K = jobs[0].w.nbytes() * 8 / (panels * PANEL * (bits == FP4 ? 4 : bits));
+  for (Job& job : jobs)
+    if (job.x.size(1) != K) job.x = at::constant_pad_nd(job.x, {0, K - job.x.size(1)});
+  const auto by_kind = [&](auto zero, int64_t largest) {
+    using X = decltype(zero);
+    if (bits == 16) multiply_as<Bfloat16, X>(jobs, N, K, group, largest);
+    if (bits == 8) multiply_as<Int8, X>(jobs, N, K, group, largest);
+    if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group, largest);
+    if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group, largest);
+  };
+#ifdef BFLOAT16_DOT
+  if (jobs[0].x.scalar_type() == at::kBFloat16) return by_kind(at::BFloat16(), ROWS);
+#endif
+  by_kind(float(), 4);
 }
 
 // x [..., K], w packed for `bits` 16, 8, 4 or FP4; scales and offsets [panels * groups * 32] or none -> [..., N] in x's dtype.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const std::optional<at::Tensor>& scales,
                   const std::optional<at::Tensor>& offsets, int64_t N, int64_t bits, int64_t group) {
-  const int64_t panels = (N + PANEL - 1) / PANEL, K = w.nbytes() * 8 / (panels * PANEL * (bits == FP4 ? 4 : bits));
   auto sizes = input.sizes().vec();
-  at::Tensor x = input.reshape({-1, sizes.back()});
-  if (x.size(1) != K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
+  const at::Tensor x = input.reshape({-1, sizes.back()});
   sizes.back() = N;
-  const int64_t M = x.size(0);
-  auto y = at::empty({M, N}, x.options());
-  if (!M) return y.view(sizes);
-  const auto multiply_as = [&](auto kind, auto zero, int64_t largest) {
-    using W = decltype(kind);
-    using X = decltype(zero);
-    const int64_t block = (M + (M + largest - 1) / largest - 1) / ((M + largest - 1) / largest);   // even blocks
-    Product p{M, N, K, block, (const uint8_t*)w.const_data_ptr(), {}, {}, {}};
-    if (scales) p.scales = *scales, p.group = group ? group : K;                     // 0: one group, the whole row
-    if (offsets) p.offsets = *offsets, p.x_sum = group_sums(x, p.group, block);
-    const at::Tensor blocks = arrange<X>(x, block);
-    if (x.scalar_type() == at::kBFloat16) run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<at::BFloat16>());
-    else if (x.scalar_type() == at::kHalf) run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<at::Half>());
-    else run<W, X>(p, blocks.const_data_ptr<X>(), y.data_ptr<float>());
-  };
-  const auto by_kind = [&](auto zero, int64_t largest) {
-    if (bits == 16) multiply_as(Bfloat16(), zero, largest);
-    if (bits == 8) multiply_as(Int8(), zero, largest);
-    if (bits == 4) multiply_as(Int4(), zero, largest);
-    if (bits == FP4) multiply_as(Fp4(), zero, largest);
-  };
-#ifdef BFLOAT16_DOT
-  if (x.scalar_type() == at::kBFloat16) by_kind(at::BFloat16(), ROWS);
-  else
-#endif
-    by_kind(float(), 4);
+  at::Tensor y = at::empty({x.size(0), N}, x.options());
+  if (x.size(0)) multiply_all({{x, w, y, scales, offsets}}, N, bits, group);
   return y.view(sizes);
 }
 
@@ -378,12 +409,17 @@ struct Stack {
   std::optional<at::Tensor> scales, offsets, bias;
   int64_t N, bits, group;
 
-  at::Tensor multiply(const at::Tensor& x, int64_t expert) const {
-    const auto of = [&](const std::optional<at::Tensor>& t) {
-      return t ? std::optional(t->select(0, expert)) : std::nullopt;
-    };
-    at::Tensor y = linear(x, w.select(0, expert), of(scales), of(offsets), N, bits, group);
-    return bias ? y.add_(bias->select(0, expert)) : y;
+  // x [n, K], its first counts[0] rows for expert chosen[0], and so on -> [n, N]
+  at::Tensor multiply(const at::Tensor& x, const std::vector<int64_t>& chosen, const std::vector<int64_t>& counts) const {
+    const auto of = [](const std::optional<at::Tensor>& t, int64_t e) { return t ? std::optional(t->select(0, e)) : std::nullopt; };
+    at::Tensor y = at::empty({x.size(0), N}, x.options());
+    std::vector<Job> jobs;
+    for (size_t i = 0, at = 0; i < chosen.size(); at += counts[i++])
+      jobs.push_back({x.narrow(0, at, counts[i]), w.select(0, chosen[i]), y.narrow(0, at, counts[i]), of(scales, chosen[i]),
+                      of(offsets, chosen[i])});
+    multiply_all(jobs, N, bits, group);
+    for (size_t i = 0; bias && i < jobs.size(); i++) jobs[i].y.add_(bias->select(0, chosen[i]));
+    return y;
   }
 };
 
@@ -400,27 +436,30 @@ at::Tensor gated(const at::Tensor& h, bool clamped) {
 // runs once, on all rows that want it.
 at::Tensor experts(const at::Tensor& input, const at::Tensor& ids, at::TensorList w,
                    const c10::List<std::optional<at::Tensor>>& more, at::IntArrayRef sizes, bool clamped) {
-  const at::Tensor x = input.contiguous(), chosen = ids.contiguous();
+  const at::Tensor x = input.contiguous(), all = ids.contiguous();
   const Stack up{w[0], more[0], more[1], more[2], sizes[0], sizes[1], sizes[2]};
   const Stack down{w[1], more[3], more[4], more[5], sizes[3], sizes[4], sizes[5]};
-  const int64_t T = x.size(0), D = x.size(1), A = chosen.size(1), nbytes = D * x.element_size();
-  const int64_t* id = chosen.const_data_ptr<int64_t>();
+  const int64_t T = x.size(0), D = x.size(1), A = all.size(1), nbytes = D * x.element_size();
+  const int64_t* id = all.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> places(w[0].size(0));       // where each expert is wanted, of T * A places
   at::Tensor out = at::empty({T, A, D}, x.options());
   char* y = (char*)out.data_ptr();
   for (int64_t i = 0; i < T * A; i++)
     if (id[i] >= 0) places[id[i]].push_back(i);
     else std::memset(y + i * nbytes, 0, nbytes);
-  for (size_t e = 0; e < places.size(); e++) {
-    const int64_t n = places[e].size();
-    if (!n) continue;
-    at::Tensor rows = T == 1 ? x : at::empty({n, D}, x.options());
-    for (int64_t i = 0; T > 1 && i < n; i++)
-      std::memcpy((char*)rows.data_ptr() + i * nbytes, (const char*)x.const_data_ptr() + places[e][i] / A * nbytes, nbytes);
-    const at::Tensor made = down.multiply(gated(up.multiply(rows, e), clamped), e);
-    for (int64_t i = 0; i < n; i++)
-      std::memcpy(y + places[e][i] * nbytes, (const char*)made.const_data_ptr() + i * nbytes, nbytes);
-  }
+  std::vector<int64_t> order, chosen, counts;
+  for (size_t e = 0; e < places.size(); e++)
+    if (!places[e].empty()) {
+      order.insert(order.end(), places[e].begin(), places[e].end());
+      chosen.push_back(e), counts.push_back(places[e].size());
+    }
+  if (order.empty()) return out;
+  at::Tensor rows = at::empty({(int64_t)order.size(), D}, x.options());
+  for (size_t i = 0; i < order.size(); i++)
+    std::memcpy((char*)rows.data_ptr() + i * nbytes, (const char*)x.const_data_ptr() + order[i] / A * nbytes, nbytes);
+  const at::Tensor made = down.multiply(gated(up.multiply(rows, chosen, counts), clamped), chosen, counts);
+  for (size_t i = 0; i < order.size(); i++)
+    std::memcpy(y + order[i] * nbytes, (const char*)made.const_data_ptr() + i * nbytes, nbytes);
   return out;
 }
 
