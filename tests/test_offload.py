@@ -21,7 +21,8 @@ import offload  # noqa: E402
 import quantize  # noqa: E402
 import quantize_cli  # noqa: E402
 from checkpoint import load_checkpoint, weight_bytes  # noqa: E402
-from generate import generate  # noqa: E402
+from eval import perplexity  # noqa: E402
+from generate import generate, load_model  # noqa: E402
 from kernels import cpu  # noqa: E402
 from model import MoEFeedForward  # noqa: E402
 from offload import Offloaded, Sizes, Store, Traffic, choose_resident  # noqa: E402
@@ -218,3 +219,50 @@ def test_the_plan_counts_what_is_there(folder):
     cache = 2 * 4 * 2 * 16 * 256 * 2        # k and v, layers, heads, their width, positions, bytes
     assert s.expert == one and s.host == 24 * one and s.layers == [0, 1, 2, 3]
     assert s.device == weight_bytes(model) - s.host + cache + 2 * one
+
+
+# ---- trained routing ---------------------------------------------------------------------------------------
+
+TRAINED = ROOT / "tests/data/stories-moe"
+
+
+def trained_perplexity(model, tokenizer) -> float:
+    return perplexity(model, tokenizer, (ROOT / "checkpoints/stories/held_out.txt").read_text()[:6000], length=256)["perplexity"]
+
+
+def test_trained_experts_bear_quantization(tmp_path):
+    """An expert whose weights are mixed up in one of the formats: random weights have no perplexity to lose."""
+    exact = trained_perplexity(*load_model(TRAINED, dtype="float32"))
+    assert exact < 40                                           # untrained: 2,048
+    for mode, most in (("int8", 1.005), ("int4", 1.06)):
+        out = tmp_path / mode / "model.safetensors"
+        out.parent.mkdir()
+        assert quantize_cli.main(["--checkpoint_path", str(TRAINED), "--mode", mode, "--quiet", "--output", str(out)]) == 0
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TRAINED / name, out.parent)
+        found = trained_perplexity(*load_model(out, dtype="bfloat16"))
+        away = trained_perplexity(*offload.load(str(out), "cpu", "bfloat16", how="stream")[:2])
+        assert found < most * exact and away == found
+
+
+def test_trained_routing_is_worth_counting(tmp_path):
+    """Copies of the experts that an earlier text wanted serve more of the next than any as many."""
+    stats = tmp_path / "stats.json"
+    s, _ = offload.plan(TRAINED, CPU, torch.bfloat16, None, False)
+    shares = []
+    for vram in (0.0, s.device / 1e9 + 6.5 * s.expert / 1e9):
+        model, tokenizer, store = offload.load(str(TRAINED), "cpu", "bfloat16", vram_gb=vram or None, stats=str(stats))
+        trained_perplexity(model, tokenizer)
+        store.traffic.save(str(stats))
+        shares.append(store.traffic.report["resident"] / store.traffic.report["wanted"])
+    assert shares[0] == 0 and shares[1] > 1.15 * 6 / (s.each * len(s.layers))
+
+
+def test_a_trained_number_of_experts_is_the_best():
+    model, tokenizer = load_model(TRAINED, dtype="float32")
+    found = {}
+    for k in (1, 2, 4):
+        for layer in experts.layers(model):
+            layer.active = k
+        found[k] = trained_perplexity(model, tokenizer)
+    assert found[2] < found[4] and found[2] < found[1]
