@@ -112,3 +112,28 @@ def test_the_python_example_runs(capsys):
     [code] = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(code.replace('"checkpoints/stories"', repr(str(ROOT / "checkpoints/stories"))), "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 20
+
+
+# ---- mixtral-moe/README.md -------------------------------------------------------------------------------------
+
+MIXTURES = (ROOT / "mixtral-moe/README.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\| [^|]+ \| `(python [^`]+)` \|$", MIXTURES, re.M))
+def test_commands_of_the_mixtures_page_parse(command):
+    """A flag on the page that was renamed, a script that has moved."""
+    import importlib.util
+    _, script, *words = shlex.split(command)
+    spec = importlib.util.spec_from_file_location("of_the_page", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.parser().parse_args(words)
+
+
+def test_the_table_of_what_fits_is_what_the_script_prints():
+    """A table that was computed once, by a script that computes another."""
+    commands = re.findall(r"^python mixtral-moe/fits\.py .*--host_gbs.*$", MIXTURES, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        printed = run(command).stdout.splitlines()[1:]
+        assert len(printed) > 6 and "\n".join(printed) in MIXTURES
