@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def tensor_names(config: dict) -> list[str]:
 
 
 def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mode: str = "",
-                 groupsize: int = 32) -> Transformer:
+                 groupsize: int = 32, pack: Callable = pack_model) -> Transformer:
     """A model of this config with random weights, all of them (head too) in `mode`: "" (dtype), int8 or int4."""
     config = json.loads(Path(config_path).read_text())
     args, _ = args_from(config, dict.fromkeys(tensor_names(config)))
@@ -71,7 +72,7 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
             layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
             layer.dtype, module.weight = dtype, None
             setattr(model.get_submodule(parent), leaf, layer)
-    pack_model(model)
+    pack(model)
     if ranks.size() > 1:
         tp.connect(model)
     return model
