@@ -1,6 +1,6 @@
 """How cost grows: a page of tables and two plots, by precision, batch, context length and model size.
 
-    python scripts/scaling.py --out SCALING.md
+    python scripts/scaling.py --out scaling/README.md
 
 What is measured here stands beside what a model predicts: a step takes the bytes it reads, weights and the filled part of
 the cache, over the bandwidth probed around it. The page marks which is which. Random weights, eager steps, greedy;
@@ -118,6 +118,7 @@ def page(o: argparse.Namespace, found: dict) -> str:
     probe = found["size"][-1][3]
     lines += [f"| {name} | {2 * n / 1e6:,.0f} | not measured | {share * probe / 2 / n:.2f} tok/s, at the {share:.0%} of the above |"
               for n, name in BEYOND]
+    lines += ["", "## Ranks", "", "Measured for one and two ranks, and modelled beyond, in the root's [README](../README.md#several-ranks)."]
     return "\n".join(lines) + "\n"
 
 
@@ -170,7 +171,7 @@ def plots(found: dict) -> dict[str, str]:
 
 def main() -> int:
     p = argparse.ArgumentParser(description="How cost grows with precision, batch, context and size.", allow_abbrev=False)
-    p.add_argument("--out", type=Path, default=ROOT / "SCALING.md", help="the page; plots go beside it")
+    p.add_argument("--out", type=Path, default=ROOT / "scaling/README.md", help="the page; plots go beside it")
     p.add_argument("--shape", default="llama-3.2-1b", help="of scripts/shapes")
     p.add_argument("--shapes", nargs="*", default=SHAPES, help="for the table of sizes")
     p.add_argument("--device", default="auto")
@@ -180,6 +181,7 @@ def main() -> int:
     o = p.parse_args()
     try:
         found = measure(o)
+        o.out.parent.mkdir(parents=True, exist_ok=True)
         o.out.write_text(page(o, found))
         for name, svg in plots(found).items():
             (o.out.parent / name).write_text(svg)
