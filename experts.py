@@ -1,8 +1,8 @@
 """How a layer's experts run where the plain loop of model.py (`run_experts`) would be slow or cannot be compiled.
 
 What it is: three other forms of the same sum, one of which `pack_model` gives to each layer of a model. `Stacked`: all
-experts of a layer in one tensor and one call of the CPU kernel. `gathered`: a few tokens on an accelerator, by indexing,
-without asking the device which experts they chose. `opaque`: the plain loop, which a compiled graph calls as one operator.
+experts of a layer behind one another, one call of the CPU kernel. `Opaque`: the plain loop, which a compiled graph calls as
+one operator. `Gathered`: for a few tokens on an accelerator, by indexing, without asking the device what they chose.
 What it is not: routing, or the meaning of a mixture; that is `MoEFeedForward` in model.py. Experts that live on the
 host beside an accelerator are in mixtral-moe/offload.py, which is what to read next.
 """
@@ -11,6 +11,7 @@ import weakref
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import quantize
@@ -190,6 +191,9 @@ def stacked(layers: list[nn.Module]) -> nn.Module | None:
 
 def product(stack: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
     """x [T, 1 or A, K] times the weights of experts ids [T, A] -> [T, A, N]; written out, so that it fuses."""
-    w = stack.dequantize(ids) if isinstance(stack, QuantizedLinear) else stack.weight[ids]       # [T, A, N, K]
+    if isinstance(stack, QuantizedLinear):
+        x, w = F.pad(x, (stack.skip, 0)), stack.dequantize(ids)                      # [T, A, N, K]
+    else:
+        w = stack.weight[ids]
     y = (w.float() * x[:, :, None].float()).sum(-1)
     return (y if stack.bias is None else y + stack.bias[ids].float()).to(x.dtype)

@@ -122,6 +122,21 @@ def test_gathering(T, mode, more):
     assert torch.equal(run_experts(layer.experts, x, weights, ids), wanted)         # the layers keep views of the stacks
 
 
+def test_gathering_what_a_rank_holds():
+    """Inputs before a rank's first one, which lie in its first group, taken for its own."""
+    layer = random_model(torch.bfloat16, "int4", F=96).layers[0].feed_forward
+    for expert in layer.experts:            # the second of two ranks: inputs 48 ... 95 of 96, in groups of 32
+        for leaf, (dim, spans) in expert.w2.cut(1, [(48, 96)]).items():
+            if getattr(expert.w2, leaf) is not None:
+                setattr(expert.w2, leaf, getattr(expert.w2, leaf)[:, spans[0][0]:spans[0][1]].contiguous())
+        expert.w13 = Int4Linear.quantize(expert.w13.dequantize()[:96], 32)
+    assert layer.experts[0].w2.skip == 16
+    x, (weights, ids) = torch.randn(2, D).bfloat16(), routes(2, 6, 2)
+    wanted = run_experts(layer.experts, x, weights, ids)
+    torch.testing.assert_close(experts.Gathered(layer).gather(x, weights, ids), wanted, rtol=0.02,
+                               atol=0.02 * wanted.abs().max().item())
+
+
 def test_unlike_experts_run_one_by_one():
     """A recipe that treats one expert otherwise: stacks would mix the formats up."""
     model = random_model(torch.bfloat16, "int8")
