@@ -41,9 +41,9 @@ def shape_of(args: ModelArgs, spec: dict) -> Transformer:
     return model
 
 
-def line(args: ModelArgs, mode: str, vram_gb: float, device_gbs: float, host_gbs: float) -> dict:
+def line(model: Transformer, mode: str, vram_gb: float, device_gbs: float, host_gbs: float) -> dict:
     """One row of the table; tok_s is None where the device cannot hold what must be there."""
-    model = shape_of(args, MODES[mode])
+    args = model.args
     s = offload.sizes(model, torch.bfloat16)
     room = vram_gb * 1e9 - s.device
     copies = max(0, min(int(room // s.expert), s.each * len(s.layers)))
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         args, _ = args_from(config, dict.fromkeys(tensor_names(config)))
         host = o.host_gbs or probe_bandwidth(torch.device("cpu")) / 1e9
         device = o.device_gbs or (probe_bandwidth(torch.device("cuda")) / 1e9 if torch.cuda.is_available() else host)
-        rows = [line(args, mode, vram, device, host) for mode in MODES for vram in o.vram_gb]
+        shapes = {mode: shape_of(args, spec) for mode, spec in MODES.items()}
+        rows = [line(model, mode, vram, device, host) for mode, model in shapes.items() for vram in o.vram_gb]
     except (OSError, ValueError, KeyError, CheckpointError) as error:
         print(f"error: {o.config}: {error}", file=sys.stderr)
         return 1
