@@ -367,6 +367,9 @@ def map_experts(model: Transformer, s: Sizes, file: Path) -> list[Tensor]:
     records = Records(nn.ModuleList([pattern]))
     if set(stored) != names or not torch.equal(stored["form"].pieces[0](), as_bytes(form(records))):
         raise CheckpointError(f"--expert_file '{file}' holds experts of another model or format: delete it, or name another")
+    written = [stored[f"layers.{i}"].pieces[0]() for i in s.layers]
+    if not all(torch.equal(a, b) for a, b in zip(records.views(records.bytes[0]), records.views(written[0][0]))):
+        raise CheckpointError(f"--expert_file '{file}' holds another checkpoint's experts: delete it, or name another")
     for layer in layers:
         layer.experts = nn.ModuleList(twin(pattern) for _ in range(s.each))
-    return [stored[f"layers.{i}"].pieces[0]() for i in s.layers]
+    return written

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import Family, rope, write
+from safetensors.torch import load_file, save_file
 from test_experts import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,19 @@ def test_mapped_experts_are_not_read(folder, tmp_path):
         address = layer.run.records.bytes.data_ptr()
         ranges = [line for line in maps.splitlines() if str(tmp_path / "e") in line]
         assert any(int(r.split("-")[0], 16) <= address < int(r.split("-")[1].split()[0], 16) for r in ranges)
+
+
+def test_a_file_of_the_same_shape_is_told_apart(folder, tmp_path):
+    """Fine-tuned weights under the file of those they came from."""
+    offload.load(str(folder), "cpu", "bfloat16", file=str(tmp_path / "e"))
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    found = load_file(folder / "model.safetensors")
+    name = next(n for n in found if "layers.0." in n and "experts.0.w1" in n)
+    save_file(found | {name: found[name] + 0.5}, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "model_int4.g32.safetensors").unlink()
+    with pytest.raises(ValueError, match="another checkpoint's experts"):
+        offload.load(str(other), "cpu", "bfloat16", file=str(tmp_path / "e"))
 
 
 def test_other_numbers_of_experts(folder):
