@@ -147,6 +147,11 @@ def measure(o: argparse.Namespace) -> dict:
         seconds(large)
         for _ in range(o.rounds):
             times["large_cache"].append(seconds(large) / o.new_tokens)
+    if o.profile:
+        with torch.profiler.profile() as profile:
+            small()
+        profile.export_chrome_trace(o.profile)
+        print(f"trace of {o.new_tokens} steps: {o.profile}; https://ui.perfetto.dev or chrome://tracing shows it", file=sys.stderr)
     found = result(o, model, device, times, first_prefill, first_decode)
     found["peers"] = [against(o, peer, found, peer_times) for peer, peer_times in zip(peers, theirs)]
     return found
@@ -210,6 +215,7 @@ def main():
     p.add_argument("--compile_prefill", action="store_true")
     p.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="PEERS",
                    help="llama.cpp,transformers: time them in the same rounds, where installed (see peers.py)")
+    p.add_argument("--profile", metavar="FILE", help="also write a trace of a round of decode steps")
     p.add_argument("--json", action="store_true")
     ranks.hush()
     o = p.parse_args()

@@ -40,6 +40,13 @@ def test_a_peer_is_timed_in_the_same_rounds(shape):
     assert abs(peer["prefill_ratio"] - found["prefill_tok_s"] / peer["prefill_tok_s"]) < 1e-6 * peer["prefill_ratio"]
 
 
+def test_a_trace_of_the_steps(shape, tmp_path):
+    done = run("scripts/benchmark.py", "--config", shape, "--rounds", 1, "--new_tokens", 3, "--prompt_tokens", 8,
+               "--profile", tmp_path / "trace.json")
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert "perfetto" in done.stderr and any("linear" in str(name) for name in names)
+
+
 def test_peers_have_our_sizes():
     sys.path.append(str(ROOT / "scripts"))
     import peers
