@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
-constexpr int LANES = 16;
 
 // e^x for x <= 0: 2^n e^f with |f| <= ln 2 / 2, the latter by its series; 2e-7 off at most.
 inline floats exponential(floats x) {
@@ -79,21 +78,6 @@ template <class X> void multiply(const Query<X>* q, const X* const* keys, int64_
   }
 }
 
-// Lane i of the sum of two vectors' lanes i and i ^ STEP: a's where i has not the bit STEP, else b's.
-template <int STEP, int... I> inline floats merge(floats a, floats b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I & STEP ? 16 + I : I)...) +
-         __builtin_shufflevector(a, b, (I & STEP ? 16 + (I ^ STEP) : I ^ STEP)...);
-}
-
-// Lane j: the sum of vector j's lanes.
-inline floats sums(floats (&v)[LANES]) {
-  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-  for (int j = 0; j < 16; j += 2) v[j] = merge<1>(v[j], v[j + 1], lanes);
-  for (int j = 0; j < 16; j += 4) v[j] = merge<2>(v[j], v[j + 2], lanes);
-  for (int j = 0; j < 16; j += 8) v[j] = merge<4>(v[j], v[j + 4], lanes);
-  return merge<8>(v[0], v[8], lanes);
-}
-
 // scores [s] of slots first ... last for one query, scaled and masked; a whole vector at a time.
 template <class X>
 void score(const Head<X>& h, const Query<X>* q, const bool* visible, int64_t first, int64_t last, float* scores) {
@@ -102,7 +86,7 @@ void score(const Head<X>& h, const Query<X>* q, const bool* visible, int64_t fir
     for (int j = 0; j < LANES; j++) keys[j] = h.k + std::min(s + j, last - 1) * h.k_stride;
     floats dots[LANES] = {};
     multiply<X>(q, keys, h.E, dots);
-    floats y = sums(dots) * h.scale;
+    floats y = fold(dots, [](floats a, floats b) { return a + b; }) * h.scale;
     if (h.cap) y = soft_cap(y, h.cap);
     bytes shown = {};
     std::memcpy(&shown, visible + s, std::min<int64_t>(LANES, last - s));

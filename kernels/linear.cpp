@@ -8,8 +8,11 @@
 // of 16 outputs is one 64-byte vector of bfloat16 pairs, the operand of AVX-512's dot product of pairs, so that no
 // sum ever runs across a vector:
 //     bfloat16   [panel][unit][half][pair][16 outputs][2]       512 bytes a unit
-//     int8       [panel][unit][half][pair][2][16 outputs]       256 bytes a unit
+//     int8       [panel][unit][half][2 quads][16 outputs][4]    256 bytes a unit: a byte less 128 is the value
 //     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
+// A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
+// high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 32 inputs by a scale of their
+// own, as llama.cpp does; what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
 // nibble less 8. x comes as blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
 //
@@ -32,8 +35,10 @@
 namespace {
 
 constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
+constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
+constexpr int64_t AHEAD = 16;                   // groups whose scales are fetched before they are needed
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -52,9 +57,11 @@ struct Bfloat16 {
 };
 
 struct Int8 {
-  static constexpr int HALF = 128;
+  static constexpr int HALF = 128, BIAS = 128;  // BIAS: what the quads' unsigned bytes are too large by
   static inline Pair pair(const uint8_t* p, int j) {
-    return {to_float(read<bytes>(p + 32 * j)), to_float(read<bytes>(p + 32 * j + 16))};
+    const words w = read<words>(p + 64 * (j & 1)) >> (j & 2 ? 8 : 0);
+    return {__builtin_convertvector((ints)(w & 255u) - 128, floats),
+            __builtin_convertvector((ints)(w >> 16 & 255u) - 128, floats)};
   }
 #ifdef BFLOAT16_DOT
   static inline __m512bh packed(const uint8_t* p, int j) {      // an int8 is exact in bfloat16: the float's upper half
@@ -62,10 +69,13 @@ struct Int8 {
     return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)f.even, 16), (__m512i)f.odd);
   }
 #endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) { return _mm512_loadu_si512(p + 64 * q); }
+#endif
 };
 
 struct Int4 {
-  static constexpr int HALF = 64;
+  static constexpr int HALF = 64, BIAS = 8;
   static inline Pair pair(const uint8_t* p, int j) {
     words w = read<words>(p);
     return {__builtin_convertvector((ints)((w >> (4 * j)) & 15u) - 8, floats),
@@ -81,11 +91,17 @@ struct Int4 {
     return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
   }
 #endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) {
+    const __m512i w = _mm512_loadu_si512(p);
+    return _mm512_and_si512(q ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(15));
+  }
+#endif
 };
 
 // Floats of 4 bits: sign, two bits of exponent, one of mantissa; twice their value, which is a whole number.
 struct Fp4 {
-  static constexpr int HALF = 64;
+  static constexpr int HALF = 64, BIAS = 12;
   static inline Pair pair(const uint8_t* p, int j) {
     static constexpr float TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     words w = read<words>(p);
@@ -103,6 +119,12 @@ struct Fp4 {
     return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
   }
 #endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    return _mm512_shuffle_epi8(table, Int4::quad(p, q));
+  }
+#endif
 };
 
 // ---- the inner loop -----------------------------------------------------------------------------------------------
@@ -113,7 +135,7 @@ template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 8192 + line);
+    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 4096 + line);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -139,10 +161,27 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   }
 }
 
-// What a panel is multiplied with: float scales and offsets [groups][32] (null: 1 and 0) and x's sums [groups][rows].
+// What 32 inputs of x were divided by to become int8, and the sum of the int8.
+struct Rounding { float scale; int32_t sum; };        // the sum's lower 16 bits
+
+// What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
+// With x's sums by group, or how its blocks were rounded, [groups or blocks][rows].
 struct Groups {
   int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
-  const float *scale, *offset, *x_sum;
+  const at::BFloat16* scale16;
+  const float* scale;
+  const int8_t* offset;
+  const float* x_sum;
+  const Rounding* rounding;
+
+  inline floats scales(int64_t at) const {
+    if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
+    return load16(scale16 + at);
+  }
+  inline void fetch(int64_t i) const {            // these are streams beside the weights': read them ahead too
+    if (scale16) __builtin_prefetch(scale16 + (i + AHEAD) * PANEL);
+    if (offset) __builtin_prefetch(offset + (i + AHEAD) * PANEL);
+  }
 };
 
 // y [R][32] (+)= x [K / 2][R][2] times a panel.
@@ -158,18 +197,18 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
     floats sum[C][R][2] = {};
     if (g.offset)
       for (int half = 0; half < 2; half++) {
-        const floats offset = read<floats>(g.offset + i * PANEL + half * 16);
+        const floats offset = to_float(read<bytes>(g.offset + i * PANEL + half * 16));
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
+    g.fetch(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
-      floats scale = {};
-      if (g.scale) scale = read<floats>(g.scale + i * PANEL + half * 16);
+      const floats scale = g.scales(i * PANEL + half * 16);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         floats s = sum[0][r][half];
         for (int c = 1; c < C; c++) s += sum[c][r][half];
-        total[r][half] += g.scale ? s * scale : s;
+        total[r][half] += s * scale;
       }
     }
   }
@@ -177,26 +216,74 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
     for (int half = 0; half < 2; half++) write(y + r * PANEL + half * 16, total[r][half]);
 }
 
+#ifdef BYTE_DOT
+// The same for x in int8, [K / 4][R][4]: whole numbers within a block, scaled when it ends.
+template <class W, int R>
+void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
+  __m512 total[R][2] = {};
+  const Rounding* rounding = g.rounding;
+  for (int64_t i = 0; i < g.count; i++) {
+    __m512i bias[2];                                                                 // of the values, times the sum of x
+    floats scale[2];
+    for (int half = 0; half < 2; half++) {
+      const int64_t at = i * PANEL + half * 16;
+      scale[half] = g.scales(at), bias[half] = _mm512_set1_epi32(-W::BIAS);
+      if (g.offset) bias[half] = _mm512_add_epi32(bias[half], _mm512_cvtepi8_epi32(read<__m128i>(g.offset + at)));
+    }
+    g.fetch(i);
+    const auto block = [&](auto units) {
+      __m512i sum[R][2];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++)        // a product of 16-bit halves; the sum's upper one is zero
+          sum[r][half] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), bias[half], _mm512_set1_epi32(rounding[r].sum));
+#pragma GCC unroll 2
+      for (int n = 0; n < units; n++, w += 2 * W::HALF, x += UNIT * R) {
+#pragma GCC unroll 8
+        for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + 4096 + line);
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+          const __m512i low = W::quad(w, q), high = W::quad(w + W::HALF, q);
+#pragma GCC unroll 12
+          for (int r = 0; r < R; r++) {
+            const __m512i four = _mm512_set1_epi32(read<int32_t>(x + (q * R + r) * 4));
+            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], low, four);
+            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high, four);
+          }
+        }
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) {
+          const __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][half]), _mm512_set1_ps(rounding[r].scale));
+          total[r][half] = _mm512_fmadd_ps(s, (__m512)scale[half], total[r][half]);
+        }
+      rounding += R;
+    };
+    const int64_t units = std::min(g.units, g.all - i * g.units);
+    for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>());
+    if (units % 2) block(std::integral_constant<int, 1>());
+  }
+  for (int r = 0; r < R; r++)
+    for (int half = 0; half < 2; half++) _mm512_storeu_ps(y + r * PANEL + half * 16, total[r][half]);
+}
+#endif
+
 template <class W, class X, int... R>
 void multiply_rows(int rows, std::integer_sequence<int, R...>, const uint8_t* w, const X* x, const Groups& g, float* y,
                    bool add) {
-  ((rows == R + 1 ? multiply<W, X, R + 1>(w, x, g, y, add) : void()), ...);
+  const auto with = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+#ifdef BYTE_DOT
+    if constexpr (std::is_same_v<X, int8_t>) return multiply_bytes<W, N>(w, x, g, y);
+    else
+#endif
+    return multiply<W, X, N>(w, x, g, y, add);
+  };
+  ((rows == R + 1 ? with(std::integral_constant<int, R + 1>()) : void()), ...);
 }
 
 // ---- panels -------------------------------------------------------------------------------------------------------
-
-// Panel `index` of scales or offsets, n numbers, as floats. The next panel's are fetched meanwhile: it begins with them.
-void to_floats(const at::Tensor& t, int64_t index, int64_t n, std::vector<float>& out) {
-  const int64_t nbytes = n * t.element_size();
-  const char* from = (const char*)t.const_data_ptr() + index * nbytes;
-  out.resize(n);
-  if (t.scalar_type() == at::kFloat) std::copy_n((const float*)from, n, out.data());
-  if (t.scalar_type() == at::kBFloat16) std::copy_n((const at::BFloat16*)from, n, out.data());
-  if (t.scalar_type() == at::kHalf) std::copy_n((const at::Half*)from, n, out.data());
-  if (t.scalar_type() == at::kChar)
-    for (int64_t i = 0; i < n; i += 16) write(out.data() + i, to_float(read<bytes>(from + i)));
-  for (int64_t line = 0; line < nbytes; line += 64) __builtin_prefetch(from + nbytes + line);
-}
 
 // Units of a panel as bfloat16, scaled: what the dequantized weight would be.
 template <class W>
@@ -204,8 +291,7 @@ void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at:
   for (int64_t u = first; u < first + units; u++)
     for (int half = 0; half < 2; half++) {
       const int64_t at = u / g.units * PANEL + half * 16;
-      const floats scale = read<floats>(g.scale + at);
-      const floats offset = g.offset ? read<floats>(g.offset + at) : floats{};
+      const floats scale = g.scales(at), offset = g.offset ? to_float(read<bytes>(g.offset + at)) : floats{};
       for (int j = 0; j < 4; j++, out += 32) {
         Pair f = W::pair(w + (2 * u + half) * W::HALF, j);
         f = {(f.even + offset) * scale, (f.odd + offset) * scale};
@@ -222,35 +308,42 @@ void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at:
 
 struct Product {
   int64_t M, N, K, block;             // block: rows of x laid out together; the last one has the rest
+  at::Tensor arranged;                // x in its blocks
   const uint8_t* w;
-  at::Tensor x, y;                    // x in its blocks; y [M, N]
-  at::Tensor scales, offsets;
+  const void *x, *scales = nullptr;
+  at::ScalarType scale_type;
+  const int8_t* offsets = nullptr;
+  void* y;                            // [M, N]
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
+  std::vector<Rounding> rounding;     // the same, [K / 32][rows]
   int64_t group = 0;                  // 0: no scales
 };
 
 // Scratch of one thread, y's panel [M][32] among it.
 struct Scratch {
-  std::vector<float> y, scale, offset;
+  std::vector<float> y, scale;
   std::vector<at::BFloat16> weights;
 };
 
 template <class W, class X>
 void panel(const Product& p, int64_t index, Scratch& s) {
-  const X* x = p.x.const_data_ptr<X>();
-  constexpr int LARGEST = std::is_same_v<X, at::BFloat16> ? ROWS : 4;
+  const X* x = (const X*)p.x;
+  constexpr int LARGEST = std::is_same_v<X, float> ? 4 : ROWS;
   using Rows = std::make_integer_sequence<int, LARGEST>;
   const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
   const uint8_t* w = p.w + index * units * 2 * W::HALF;
-  Groups g{count, p.group ? p.group / UNIT : units, units, nullptr, nullptr, nullptr};
-  if (p.group) {
-    to_floats(p.scales, index, count * PANEL, s.scale);
+  const int64_t at = index * count * PANEL;
+  Groups g{count, p.group ? p.group / UNIT : units, units};
+  if (p.scales && p.scale_type == at::kHalf) {
+    s.scale.resize(count * PANEL);
+    std::copy_n((const at::Half*)p.scales + at, count * PANEL, s.scale.data());
     g.scale = s.scale.data();
+  } else if (p.scales && p.scale_type == at::kFloat) {
+    g.scale = (const float*)p.scales + at;
+  } else if (p.scales) {
+    g.scale16 = (const at::BFloat16*)p.scales + at;
   }
-  if (p.group && p.offsets.defined()) {
-    to_floats(p.offsets, index, count * PANEL, s.offset);
-    g.offset = s.offset.data();
-  }
+  if (p.offsets) g.offset = p.offsets + at;
   const bool once = p.M > DIRECT && p.group && std::is_same_v<X, at::BFloat16>;
   const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
   for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
@@ -264,12 +357,16 @@ void panel(const Product& p, int64_t index, Scratch& s) {
       const X* xs = x + m * p.K + first * UNIT * rows;
       float* y = s.y.data() + m * PANEL;
       if (once || !p.group) {
-        const Groups plain{1, n, n, nullptr, nullptr, nullptr};
-        const uint8_t* from = once ? (const uint8_t*)s.weights.data() : w + first * 2 * W::HALF;
-        if (once) multiply_rows<Bfloat16, X>(rows, Rows(), from, xs, plain, y, first > 0);
-        else multiply_rows<W, X>(rows, Rows(), from, xs, plain, y, first > 0);
+        const Groups plain{1, n, n};
+        if constexpr (std::is_same_v<X, at::BFloat16>)
+          if (once) {
+            multiply_rows<Bfloat16, X>(rows, Rows(), (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
+            continue;
+          }
+        multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
       } else {
         if (g.offset) g.x_sum = p.x_sum.data() + m * count;
+        g.rounding = p.rounding.data() + m * ((p.K + BLOCK - 1) / BLOCK);
         multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
       }
     }
@@ -302,7 +399,7 @@ void run(const std::vector<Product>& products) {
       const Product& p = products[i / panels];
       const int64_t first = i % panels * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
       panel<W, X>(p, i % panels, s);
-      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, p.y.data_ptr<Y>() + m * p.N + first);
+      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first);
     }
   });
 }
@@ -350,6 +447,81 @@ std::vector<float> group_sums(const at::Tensor& x, int64_t group, int64_t block)
   return out;
 }
 
+#ifdef BYTE_DOT
+// n inputs, at most 16 blocks -> int8 in the order of quads and how each block was rounded. From one quad and one block to
+// the next it is `stride` of them.
+void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, Rounding* rounding) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+  alignas(64) at::BFloat16 padded[LANES * BLOCK];
+  if (n < LANES * BLOCK) {
+    std::fill(std::copy_n(x, n, padded), padded + LANES * BLOCK, at::BFloat16(0));
+    x = padded;
+  }
+  floats v[LANES];
+  for (int j = 0; j < LANES; j++) v[j] = (floats)_mm512_abs_ps((__m512)load16(x + j * BLOCK));
+  const floats most = fold(v, [](floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); });
+  const floats scale = most * (1 / 127.0f), inverse = most > 0 ? 127 / most : 0;
+  for (int j = 0; j < LANES; j++) {
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(load16(x + j * BLOCK) * inverse[j]));
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const __m128i four = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order);
+    v[j] = (floats)_mm512_cvtepi32_ps(whole);
+    alignas(16) int32_t quad[4];
+    write(quad, four);
+    if (j < blocks && stride == 1 && n % BLOCK == 0) write(quads + 4 * j, four);
+    else
+      for (int i = 0; i < 4 && j * BLOCK + 4 * i < n; i++) quads[(4 * j + i) * stride] = quad[i];
+  }
+  const ints total = __builtin_convertvector(fold(v, [](floats a, floats b) { return a + b; }), ints) & 0xffff;
+  for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], total[j]};
+}
+
+// x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
+at::Tensor round_rows(const at::Tensor& x, int64_t block, std::vector<Rounding>& rounding) {
+  const int64_t M = x.size(0), K = x.size(1), count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK;
+  const at::Tensor from = x.contiguous(), out = at::empty({M * K}, x.options().dtype(at::kChar));
+  const at::BFloat16* in = from.const_data_ptr<at::BFloat16>();
+  int32_t* quads = (int32_t*)out.data_ptr();
+  rounding.resize(M * count);
+  at::parallel_for(0, M, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
+      for (int64_t k = 0; k < K; k += step)
+        round_blocks(in + m * K + k, std::min(step, K - k), rows, quads + first * K / 4 + k / 4 * rows + r,
+                     rounding.data() + first * count + k / BLOCK * rows + r);
+    }
+  });
+  return out;
+}
+#endif
+
+// Values [N, K] as the layout has them, into out: N a multiple of 32, K of 8.
+void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
+  const int64_t N = values.size(0), K = values.size(1), units = K / UNIT;
+  const uint8_t* from = (const uint8_t*)values.const_data_ptr();
+  uint8_t* to = (uint8_t*)out.data_ptr();
+  const auto put = [&](int64_t n, int64_t u) {                                       // a unit of one output
+    const int64_t o = n % 16;
+    const uint8_t* in = from + (n * K + u * UNIT) * (bits == 16 ? 2 : 1);
+    uint8_t* unit = to + ((n / PANEL * units + u) * 2 + n % PANEL / 16) * 16 * bits;
+    if (bits == 16)
+      for (int j = 0; j < 4; j++) std::memcpy(unit + (j * 16 + o) * 4, in + j * 4, 4);
+    if (bits == 8)
+      for (int q = 0; q < 2; q++)
+        for (int i = 0; i < 4; i++) unit[(q * 16 + o) * 4 + i] = in[2 * q + i % 2 * 4 + i / 2] ^ 128;
+    if (bits == 4)
+      for (int e = 0; e < 2; e++)
+        write<uint16_t>(unit + (o * 2 + e) * 2, in[e] | in[2 + e] << 4 | in[4 + e] << 8 | in[6 + e] << 12);
+  };
+  constexpr int64_t SOME = 16;                                                       // units, that caches hold them
+  at::parallel_for(0, N / PANEL, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * PANEL; first < end * PANEL; first += PANEL)
+      for (int64_t at = 0; at < units; at += SOME)
+        for (int64_t n = first; n < first + PANEL; n++)
+          for (int64_t u = at; u < std::min(at + SOME, units); u++) put(n, u);
+  });
+}
+
 // Rows x [M, K] and a weight: y [M, N] = x @ w.T. Shapes are the same in all jobs, but for M.
 struct Job {
   at::Tensor x, w, y;
@@ -361,15 +533,38 @@ void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t gro
   std::vector<Product> products;
   for (const Job& job : jobs) {
     const int64_t M = job.x.size(0), blocks = (M + largest - 1) / largest, block = (M + blocks - 1) / blocks;   // even ones
-    Product p{M, N, K, block, (const uint8_t*)job.w.const_data_ptr(), arrange<X>(job.x, block), job.y, {}, {}, {}};
-    if (job.scales) p.scales = *job.scales, p.group = group ? group : K;             // 0: one group, the whole row
-    if (job.offsets) p.offsets = *job.offsets, p.x_sum = group_sums<X>(job.x, p.group, block);
+    Product p{M, N, K, block};
+    p.w = (const uint8_t*)job.w.const_data_ptr(), p.y = job.y.data_ptr();
+    if (job.scales) p.group = group ? group : K;                                     // 0: one group, the whole row
+    if (job.scales) p.scales = job.scales->const_data_ptr(), p.scale_type = job.scales->scalar_type();
+    if (job.offsets) p.offsets = job.offsets->const_data_ptr<int8_t>();
+#ifdef BYTE_DOT
+    if constexpr (std::is_same_v<X, int8_t>) p.arranged = round_rows(job.x, block, p.rounding);
+    else
+#endif
+    {
+      p.arranged = arrange<X>(job.x, block);
+      if (job.offsets) p.x_sum = group_sums<X>(job.x, p.group, block);
+    }
+    p.x = p.arranged.const_data_ptr();
     products.push_back(std::move(p));
   }
   const auto type = jobs[0].x.scalar_type();
   if (type == at::kBFloat16) run<W, X, at::BFloat16>(products);
   else if (type == at::kHalf) run<W, X, at::Half>(products);
   else run<W, X, float>(products);
+}
+
+bool rounded_activations = true;
+
+// Whether they are now: not where there is no instruction for it.
+bool round_activations(bool wanted) {
+  rounded_activations = wanted;
+#ifdef BYTE_DOT
+  return wanted;
+#else
+  return false;
+#endif
 }
 
 void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group) {
@@ -384,6 +579,17 @@ void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group)
     if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group, largest);
     if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group, largest);
   };
+#ifdef BYTE_DOT
+  if (jobs[0].x.scalar_type() == at::kBFloat16 && bits != 16 && rounded_activations && group % BLOCK == 0) {
+    const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.x.size(0) <= DIRECT; });
+    const std::vector<Job> few(jobs.begin(), many);
+    jobs.erase(jobs.begin(), many);
+    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, N, K, group, ROWS);
+    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, N, K, group, ROWS);
+    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, N, K, group, ROWS);
+    if (jobs.empty()) return;
+  }
+#endif
 #ifdef BFLOAT16_DOT
   if (jobs[0].x.scalar_type() == at::kBFloat16) return by_kind(at::BFloat16(), ROWS);
 #endif
@@ -471,6 +677,8 @@ at::Tensor experts(const at::Tensor& input, const at::Tensor& ids, at::TensorLis
 
 TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
+  m.def("pack(Tensor values, Tensor(a!) out, int bits) -> ()", &pack);
+  m.def("round_activations(bool wanted) -> bool", &round_activations);
   m.def("experts(Tensor x, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
 }
 

@@ -4,11 +4,16 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstring>
+#include <utility>
 #if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #define BFLOAT16_DOT 1
+#ifdef __AVX512VNNI__
+#define BYTE_DOT 1
+#endif
 #endif
 
+constexpr int LANES = 16;
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -39,4 +44,19 @@ inline float sum(floats v) {
   for (int i = 0; i < 16; i++) total += v[i];
   return total;
 #endif
+}
+
+// Lanes i and i ^ STEP of two vectors, joined: a's where i has not the bit STEP, else b's.
+template <int STEP, class F, int... I> inline floats merge(floats a, floats b, F join, std::integer_sequence<int, I...>) {
+  return join(__builtin_shufflevector(a, b, (I & STEP ? 16 + I : I)...),
+              __builtin_shufflevector(a, b, (I & STEP ? 16 + (I ^ STEP) : I ^ STEP)...));
+}
+
+// Lane j: vector j's lanes, joined.
+template <class F> inline floats fold(floats (&v)[LANES], F join) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  for (int j = 0; j < 16; j += 2) v[j] = merge<1>(v[j], v[j + 1], join, lanes);
+  for (int j = 0; j < 16; j += 4) v[j] = merge<2>(v[j], v[j + 2], join, lanes);
+  for (int j = 0; j < 16; j += 8) v[j] = merge<4>(v[j], v[j + 4], join, lanes);
+  return merge<8>(v[0], v[8], join, lanes);
 }

@@ -17,7 +17,7 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, weight
 from generate import generate, load_model
 from kernels import cpu
 from model import ModelArgs, Transformer
-from quantize import Int4Linear, Int8Linear, QuantizedLinear, empty_layer, pack_model
+from quantize import Fp4Linear, Int4Linear, Int8Linear, QuantizedLinear, empty_layer, pack_model
 
 STORIES = ROOT / "checkpoints" / "stories"
 FORMATS = [(Int8Linear, 0), (Int8Linear, 32), *((Int4Linear, g) for g in (32, 64, 128, 256))]
@@ -77,16 +77,27 @@ def test_large_weights_are_rounded_in_pieces(kind, group, monkeypatch):
 
 # ---- multiplying -----------------------------------------------------------------------------------------------
 
-@pytest.fixture(params=["kernel", "stock", "plain"])
+@pytest.fixture(params=["kernel", "rounded", "stock", "plain"])
 def path(request, monkeypatch):
     """A way to multiply; without the compiler there is no kernel, and without the operators only the plain one."""
-    if request.param != "kernel":
+    if request.param not in ("kernel", "rounded"):
         monkeypatch.setattr(cpu, "available", lambda: False)
     elif not cpu.available():
         pytest.skip("there is no C++ compiler")
+    elif not torch.ops.cpu_kernels.round_activations(request.param == "rounded") and request.param == "rounded":
+        pytest.skip("this processor has no dot product of bytes")
     if request.param == "plain":
         monkeypatch.setattr(QuantizedLinear, "pack", lambda self: self)
-    return request.param
+    yield request.param
+    if request.param == "kernel":
+        torch.ops.cpu_kernels.round_activations(True)
+
+
+def rounded(x):
+    """What the kernel makes of few rows of bfloat16: 16 inputs share a scale, by which they become -127 ... 127."""
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    scale = blocks.abs().amax(-1, keepdim=True) * (1 / 127)
+    return ((blocks / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :x.shape[-1]]
 
 
 @formats
@@ -100,7 +111,8 @@ def test_every_path_multiplies_the_dequantized_weights(kind, group, K, dtype, pa
     layer.pack()
     for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 33, 70):
         x = inputs(M, K, dtype)
-        close(layer(x.view(M, 1, K)).view(M, -1), x.float() @ w.t(), dtype)
+        seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 and M <= 32 else x.float()
+        close(layer(x.view(M, 1, K)).view(M, -1), seen @ w.t(), dtype)
     ids = torch.tensor([[0, 47, 3], [16, 15, 1]])
     assert torch.equal(layer(ids), w[ids].to(dtype))
     assert torch.equal(layer.dequantize(), w)
@@ -117,6 +129,28 @@ def test_bias_and_order_of_inputs(kind, group, path):
     layer.pack()
     close(layer(inputs(3, K)), inputs(3, K) @ wanted.t() + layer.bias, torch.float32)
     assert torch.equal(layer(torch.arange(32)), wanted)
+
+
+@pytest.mark.parametrize("kind, group", [(Int8Linear, 0), (Int4Linear, 32), (Fp4Linear, 32)])
+@pytest.mark.parametrize("M", [1, 3, 12, 13, 31])
+@pytest.mark.parametrize("path", ["rounded"], indirect=True)
+def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, path):
+    """Half a step in 127 of a block's largest input; and a row's bits are the same alone and among others."""
+    K, N = 200, 40
+    if kind is Fp4Linear:
+        layer = Fp4Linear(K, N, group, device="cpu")
+        layer.weight.random_(256), layer.scales.fill_(0.25)
+    else:
+        layer = kind.quantize(weight(N, K), group)
+    w = layer.dequantize()
+    layer.pack()
+    x = inputs(M, K, torch.bfloat16)
+    x[0, :16], x[0, 16:32], x[0, 40] = 0, 1e-30, 300
+    y = layer(x)
+    close(y, rounded(x) @ w.t(), torch.bfloat16)
+    blocks = F.pad(x.float().abs(), (0, -K % 16)).unflatten(-1, (-1, 16)).amax(-1).repeat_interleave(16, -1)[:, :K]
+    assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
+    assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(M))
 
 
 def test_an_operator_that_is_missing_is_told_once(monkeypatch, capsys):
@@ -161,6 +195,28 @@ def test_the_portable_kernel_agrees(group, tmp_path):
             x = inputs(M, 96, torch.bfloat16)
             y = linear(x, layer.packed, layer.packed_scales, layer.packed_offsets, 40, layer.bits, layer.kernel_group())
             close(y, x.float() @ w.t(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("N, K", [(32, 64), (100, 33), (40, 2056)])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_layout_is_what_linear_cpp_says(N, K, bits):
+    """Written out: the place of every input of every output. And `rows` reads it back."""
+    if not cpu.available():
+        pytest.skip("there is no C++ compiler")
+    values = weight(N, K, torch.bfloat16) if bits == 16 else torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    values = values & 15 if bits == 4 else values
+    full = F.pad(values, (0, -K % 8, 0, -N % 32)).view(-1, 2, 16, -(-K // 8), 8)    # panel, half, output, unit, input
+    if bits == 16:
+        plain = full.unflatten(-1, (4, 2)).permute(0, 3, 1, 4, 2, 5).flatten()
+    elif bits == 8:
+        quads = full[..., [0, 4, 1, 5, 2, 6, 3, 7]].unflatten(-1, (2, 4))
+        plain = quads.permute(0, 3, 1, 4, 2, 5).flatten().view(torch.uint8) ^ 128
+    else:
+        low, high = (full[..., order] for order in ([0, 4, 1, 5], [2, 6, 3, 7]))
+        plain = (low | high << 4).permute(0, 3, 1, 2, 4).flatten().view(torch.uint8)
+    packed = cpu.pack(values, bits)
+    assert torch.equal(packed, plain)
+    assert torch.equal(cpu.rows(packed, torch.arange(N), N, bits)[:, :K], values)
 
 
 @pytest.mark.parametrize("N, K", [(32, 64), (100, 33), (5, 2056)])
