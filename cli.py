@@ -6,9 +6,11 @@ generated text, or with --json one object, and nothing else; notes and figures g
 for a wrong argument, 1 for a run that failed, 130 for Ctrl-C; an error is one sentence.
 """
 import argparse
+import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager
@@ -394,6 +396,8 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 
 def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
+    if o.compile or o.compile_prefill:          # the compiler takes two seconds to load: meanwhile, the weights
+        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
     return load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
 
 

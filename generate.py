@@ -9,23 +9,25 @@ why). `stream` and `generate` are the same for Python callers.
 What it is not: a server or a scheduler; one batch runs at a time. Flags, chat and figures are in cli.py.
 Read model.py first; sampling.py, quantize.py and tp.py after.
 """
+import itertools
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import ranks
 import tp
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
 from experts import pack_model
+from kernels.cpu import NarrowRows
 from model import Transformer
 from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
@@ -49,23 +51,7 @@ def decode(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tenso
     return model(tokens, input_pos, slots=key_pos.shape[0])[:, 0]
 
 
-class NarrowRows(TorchFunctionMode):
-    """While `decode` is traced for a CPU: one row times a narrow matrix as a written-out sum, which the compiler turns
-    into its own loop. PyTorch's kernels take up to twice as long where no kernel of ours serves."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.linear and len(args) > 1 and not kwargs:
-            x, weight, bias = (*args, None)[:3]
-            if x.numel() == x.shape[-1] <= 1024 and weight.device.type == "cpu" and weight.is_floating_point():
-                y = (weight.float() * x.reshape(-1).float()).sum(-1)
-                y = y if bias is None else y + bias.float()
-                return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return function(*args, **(kwargs or {}))
-
-
-def decode_narrow(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
-    with NarrowRows():
-        return decode(model, tokens, input_pos, key_pos)
+NUMBERS, COUNT = weakref.WeakKeyDictionary(), itertools.count(1)                  # of models that run compiled
 
 
 class Steps(NamedTuple):
@@ -89,18 +75,37 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     # every batch and cache size is a graph of its own, and past the limit a step would fail
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
-                 compile_step(decode_narrow) if compile_decode else decode, PAD if compile_prefill else 1)
+                 compile_step(decode) if compile_decode else decode, PAD if compile_prefill else 1)
 
 
 def compile_step(step: Callable) -> Callable:
     """A step of few tokens, in which calling the loops may cost as much as running them. On CUDA a graph replays
-    them. Elsewhere C++ calls them, where it is worth compiling: of a small model it saves a fifth of the time.
+    them. Elsewhere C++ calls them, which saves a fifth of a small model's time and a twentieth of a large one's.
     (It cannot call collectives.)"""
-    if torch.cuda.is_available():
-        return torch.compile(step, fullgraph=True, mode="reduce-overhead")
-    compiled = [torch.compile(step, fullgraph=True, options={"cpp_wrapper": small, "size_asserts": False})
-                for small in (False, True)]
-    return lambda model, *rest: compiled[len(model.layers) < 12 and ranks.size() == 1](model, *rest)
+    def numbered(number: str, model: Transformer, *rest: Tensor) -> Tensor:
+        assert number                   # looked at, and so a condition of the graph
+        with NarrowRows() if unpacked(model) else nullcontext():
+            return step(model, *rest)
+
+    def run(model: Transformer, *rest: Tensor) -> Tensor:
+        return compiled(NUMBERS.setdefault(model, str(next(COUNT))), model, *rest)
+    kind = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
+        {"cpp_wrapper": ranks.size() == 1}
+    options = {"size_asserts": False, "guard_filter_fn": conditions} | kind
+    compiled = torch.compile(numbered, fullgraph=True, options=options)
+    return run
+
+
+def conditions(guards: list) -> list[bool]:
+    """Of what was so when a graph was compiled: what to look at before every call. Not all layers, whose 4,000 facts
+    take 0.6 ms; a model keeps its number, and its layers. But their caches grow, all with the first one's."""
+    return ["layers'" not in g.name or "cache" in g.name and "'0'" in g.name and g.guard_type == "TENSOR_MATCH"
+            for g in guards]
+
+
+def unpacked(model: Transformer) -> bool:
+    """No kernel of ours serves: there is none, or not for this dtype."""
+    return isinstance(model.layers[0].attention.wo, torch.nn.Linear)
 
 
 @contextmanager
@@ -108,7 +113,7 @@ def one_row_matmul(model: Transformer, rows: int):
     """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
     faster. Packed weights need neither."""
     before = torch.backends.mkldnn.enabled
-    if rows == 1 and isinstance(model.layers[0].attention.wo, torch.nn.Linear):
+    if rows == 1 and unpacked(model):
         torch.backends.mkldnn.enabled = False
     try:
         yield

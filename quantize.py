@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, gpu
 
 GROUPSIZES = (32, 64, 128, 256)
 CHUNK = 1 << 20                         # weights rounded at a time: the float32 copies stay at some 20 MB
@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Module):
     mode: str                           # as recipes and files name it
     bits: int
     centre: int                         # of the stored values: 0 if signed, 8 for nibbles
-    path = "plain"
+    path, skinny = "plain", False       # how it is multiplied; whether a kernel serves few rows on a GPU
     skip = 0                            # inputs before a rank's first one, in its first group: zeros stand for them
 
     def __init__(self, in_features: int, out_features: int, groupsize: int = 0, *, bias=False, zeros=False,
@@ -118,6 +118,7 @@ class QuantizedLinear(nn.Module):
             self.pack_for_kernel()
         elif self.scales.device.type in ("cpu", "cuda"):
             self.pack_for_stock()
+            self.skinny = gpu.works(self)
         return self
 
     def kernel_group(self) -> int:
@@ -164,8 +165,9 @@ class QuantizedLinear(nn.Module):
             x = F.pad(x, (self.skip, 0))
         rows = x.numel() // x.shape[-1]
         elsewhere = self.path == "kernel" and x.device.type != "cpu"                 # a copy of a layer of the host's
-        if self.path == "plain" or elsewhere or self.path == "stock" and (rows > STOCK_ROWS[self.bits] or x.dtype != self.dtype):
-            return self.plain_multiply(x)
+        few = STOCK_ROWS[self.bits] // (4 if self.skinny else 1)
+        if self.path == "plain" or elsewhere or self.path == "stock" and (rows > few or x.dtype != self.dtype):
+            return gpu.multiply_layer(self, x) if self.skinny and gpu.few(x) else self.plain_multiply(x)
         if self.perm is not None:
             x = x[..., self.perm]
         if self.path == "kernel":

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ranks
-from generate import (PAD, NarrowRows, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
+from generate import (PAD, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
                       one_row_matmul, rows_for, run_prefill, symbolic)
 from model import Transformer
 from sampling import Choices, Sampler, Sampling, choices
@@ -46,19 +46,9 @@ def draft(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor
     return model(tokens, input_pos, slots=key_pos.shape[0], logits_at=last)[:, 0]
 
 
-def draft_narrow(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
-    with NarrowRows():                  # only where it is compiled: eager, a written-out sum is slow
-        return draft(model, tokens, input_pos, key_pos)
-
-
 def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
     """The model reads its newest token and k guesses. tokens, input_pos [B, k+1] -> logits [B, k+1, V]."""
     return model(tokens, input_pos, slots=key_pos.shape[0])
-
-
-def verify_narrow(model: Transformer, tokens: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
-    with NarrowRows():
-        return verify(model, tokens, input_pos, key_pos)
 
 
 class SpeculativeSteps(NamedTuple):
@@ -69,7 +59,7 @@ class SpeculativeSteps(NamedTuple):
 def compile_speculation() -> SpeculativeSteps:
     """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
     two of draft its one or two tokens, and how many guesses are accepted is data."""
-    return SpeculativeSteps(compile_step(draft_narrow), compile_step(verify_narrow))
+    return SpeculativeSteps(compile_step(draft), compile_step(verify))
 
 
 # ---- guesses -----------------------------------------------------------------------------------------------

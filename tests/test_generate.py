@@ -298,7 +298,7 @@ def test_lengths_and_settings_do_not_recompile(tokenizer):
     model = random_model()
     of_prefill, of_decode = CompileCounter(), CompileCounter()
     steps = g.Steps(torch.compile(g.prefill, backend=of_prefill, fullgraph=True),
-                    torch.compile(g.decode_narrow, backend=of_decode, fullgraph=True), g.PAD)
+                    torch.compile(g.decode, backend=of_decode, fullgraph=True), g.PAD)
     for n in (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 150, 200, 220, 300, 380, 511, 513, 700, 900, 30):
         ids = [(3 * i + n) % 256 for i in range(n)]
         compiled = generate(model, tokenizer, [ids], max_new_tokens=8, steps=steps, **GREEDY)[0].ids

@@ -384,7 +384,7 @@ def test_acceptance_k_and_settings_do_not_recompile(tokenizer):
     """A graph per k, per number of accepted tokens, per length or per setting; compiled tokens that differ."""
     torch._dynamo.reset()
     counters = [CompileCounter() for _ in range(2)]
-    steps = s.SpeculativeSteps(*(torch.compile(f, backend=c, fullgraph=True) for f, c in zip((s.draft_narrow, s.verify), counters)))
+    steps = s.SpeculativeSteps(*(torch.compile(f, backend=c, fullgraph=True) for f, c in zip((s.draft, s.verify), counters)))
     model, draft = random_model(), other_model(0.05)
     for k in (4, 1, 2, 3, 8, "auto"):
         for n in (1, 30, 100, 180):
