@@ -113,7 +113,7 @@ class Stacked:
 
     @classmethod
     def fits(cls, layer: MoEFeedForward) -> bool:
-        forms = {(cls.form(expert.w13), cls.form(expert.w2), *(name for name, _ in tensors_of(expert)))
+        forms = {(cls.form(expert.w13), cls.form(expert.w2), *((name, t.dtype) for name, t in tensors_of(expert)))
                  for expert in layer.experts}
         known = layer.experts[0].activation in (ACTIVATIONS["silu"], ACTIVATIONS["silu_clamped"])
         return known and len(forms) == 1 and None not in forms.pop()

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from kernels import cpu
 from model import KVCache, MoEFeedForward, Transformer
 
 
@@ -26,7 +27,9 @@ def bytes_per_token(model: Transformer) -> int:
 def probe_bandwidth(device: torch.device, nbytes: int = 1 << 28, repeats: int = 5) -> float:
     """Bytes a second at which the device reads memory: the best of a few passes over a buffer larger than
     its caches."""
-    data = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
+    data = cpu.in_large_pages(nbytes).view(torch.int64) if device.type == "cpu" else \
+        torch.empty(nbytes // 8, dtype=torch.int64, device=device)         # as packed weights lie
+    data.fill_(1)
     best = 0.0
     for _ in range(repeats):
         began = time.perf_counter()

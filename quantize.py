@@ -131,7 +131,7 @@ class QuantizedLinear(nn.Module):
         _, scales, offsets = self.numbers()
         self.packed = cpu.pack(self.unpack(self.weight)[:, :self.in_features], self.bits)
         self.packed_scales = cpu.pack_groups(scales)
-        self.packed_offsets = None if offsets is None else cpu.pack_groups(offsets)
+        self.packed_offsets = None if offsets is None else cpu.pack_offsets(offsets, self.bits)
         self.weight = self.scales = self.zeros = None
         self.path = "kernel"
 

@@ -150,6 +150,14 @@ def pack_groups(numbers: Tensor) -> Tensor:
     return F.pad(numbers, (0, 0, 0, padded(N, PANEL) - N)).view(-1, PANEL, G).transpose(1, 2).reshape(-1)
 
 
+def pack_offsets(offsets: Tensor, bits: int) -> Tensor:
+    """int8 [N, G], of nibbles themselves as nibbles, uint8, where they are -7 ... 8: 0.1 bit a weight less to read."""
+    if bits == 8 or offsets.amin() < -7 or offsets.amax() > 8:
+        return pack_groups(offsets)
+    low, high = pack_groups(8 - offsets).view(torch.uint8).view(-1, 2, PANEL // 2).unbind(1)
+    return (low | high << 4).flatten()
+
+
 def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
     """Rows `index` [...] of a packed weight, [..., K padded], as `pack` got them."""
     panel, half, output = index // PANEL, index % PANEL // 16, index % 16
@@ -168,6 +176,9 @@ def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
 
 def group_rows(packed: Tensor, index: Tensor, N: int) -> Tensor:
     """Rows `index` [...] of packed scales or offsets, [..., G]."""
+    if packed.dtype == torch.uint8:
+        found = packed.view(padded(N, PANEL) // PANEL, -1, PANEL // 2)[index // PANEL, :, index % (PANEL // 2)]
+        return 8 - (found >> (index % PANEL // (PANEL // 2) * 4)[..., None] & 15).to(torch.int8)
     return packed.view(padded(N, PANEL) // PANEL, -1, PANEL)[index // PANEL, :, index % PANEL]
 
 

@@ -14,7 +14,7 @@
 // high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 32 inputs by a scale of their
 // own, as llama.cpp does; what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
-// nibble less 8. x comes as blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
+// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16] low and high halves. x comes as blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -170,7 +170,8 @@ struct Groups {
   int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
   const at::BFloat16* scale16;
   const float* scale;
-  const int8_t* offset;
+  const uint8_t* offset;
+  bool nibbles;
   const float* x_sum;
   const Rounding* rounding;
 
@@ -180,7 +181,11 @@ struct Groups {
   }
   inline void fetch(int64_t i) const {            // these are streams beside the weights': read them ahead too
     if (scale16) __builtin_prefetch(scale16 + (i + AHEAD) * PANEL);
-    if (offset) __builtin_prefetch(offset + (i + AHEAD) * PANEL);
+    if (offset) __builtin_prefetch(offset + (i + AHEAD) * (nibbles ? PANEL / 2 : PANEL));
+  }
+  inline ints offsets(int64_t i, int half) const {
+    if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
+    return 8 - (to_int(read<bytes>(offset + i * 16)) >> (half ? 4 : 0) & 15);
   }
 };
 
@@ -197,7 +202,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
     floats sum[C][R][2] = {};
     if (g.offset)
       for (int half = 0; half < 2; half++) {
-        const floats offset = to_float(read<bytes>(g.offset + i * PANEL + half * 16));
+        const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
     g.fetch(i);
@@ -228,7 +233,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
     for (int half = 0; half < 2; half++) {
       const int64_t at = i * PANEL + half * 16;
       scale[half] = g.scales(at), bias[half] = _mm512_set1_epi32(-W::BIAS);
-      if (g.offset) bias[half] = _mm512_add_epi32(bias[half], _mm512_cvtepi8_epi32(read<__m128i>(g.offset + at)));
+      if (g.offset) bias[half] = _mm512_add_epi32(bias[half], (__m512i)g.offsets(i, half));
     }
     g.fetch(i);
     const auto block = [&](auto units) {
@@ -290,8 +295,9 @@ template <class W>
 void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
   for (int64_t u = first; u < first + units; u++)
     for (int half = 0; half < 2; half++) {
-      const int64_t at = u / g.units * PANEL + half * 16;
-      const floats scale = g.scales(at), offset = g.offset ? to_float(read<bytes>(g.offset + at)) : floats{};
+      const int64_t i = u / g.units;
+      const floats scale = g.scales(i * PANEL + half * 16);
+      const floats offset = g.offset ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
       for (int j = 0; j < 4; j++, out += 32) {
         Pair f = W::pair(w + (2 * u + half) * W::HALF, j);
         f = {(f.even + offset) * scale, (f.odd + offset) * scale};
@@ -312,7 +318,8 @@ struct Product {
   const uint8_t* w;
   const void *x, *scales = nullptr;
   at::ScalarType scale_type;
-  const int8_t* offsets = nullptr;
+  const uint8_t* offsets = nullptr;
+  bool nibbles = false;               // what the offsets are
   void* y;                            // [M, N]
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
   std::vector<Rounding> rounding;     // the same, [K / 32][rows]
@@ -343,7 +350,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
   } else if (p.scales) {
     g.scale16 = (const at::BFloat16*)p.scales + at;
   }
-  if (p.offsets) g.offset = p.offsets + at;
+  if (p.offsets) g.offset = p.offsets + (p.nibbles ? at / 2 : at), g.nibbles = p.nibbles;
   const bool once = p.M > DIRECT && p.group && std::is_same_v<X, at::BFloat16>;
   const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
   for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
@@ -537,7 +544,7 @@ void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t gro
     p.w = (const uint8_t*)job.w.const_data_ptr(), p.y = job.y.data_ptr();
     if (job.scales) p.group = group ? group : K;                                     // 0: one group, the whole row
     if (job.scales) p.scales = job.scales->const_data_ptr(), p.scale_type = job.scales->scalar_type();
-    if (job.offsets) p.offsets = job.offsets->const_data_ptr<int8_t>();
+    if (job.offsets) p.offsets = (const uint8_t*)job.offsets->const_data_ptr(), p.nibbles = job.offsets->scalar_type() == at::kByte;
 #ifdef BYTE_DOT
     if constexpr (std::is_same_v<X, int8_t>) p.arranged = round_rows(job.x, block, p.rounding);
     else

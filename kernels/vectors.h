@@ -23,11 +23,11 @@ typedef uint16_t halves __attribute__((vector_size(32)));
 template <class T> inline T read(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
 template <class T> inline void write(void* p, T v) { std::memcpy(p, &v, sizeof v); }
 
-inline floats to_float(bytes v) {                // the compiler's own conversion from bytes goes one by one
+inline ints to_int(bytes v) {                    // the compiler's own conversion from bytes goes one by one
 #ifdef BFLOAT16_DOT
-  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+  return (ints)_mm512_cvtepi8_epi32((__m128i)v);
 #else
-  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+  return __builtin_convertvector(v, ints);
 #endif
 }
 
