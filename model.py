@@ -176,12 +176,14 @@ class Transformer(nn.Module):
         windows = set(self.args.layer_windows)
         masks = {window: attention_mask(input_pos, key_pos, window) for window in windows}
         rotations = [rope(input_pos) for rope in self.ropes] + [None]                # index -1: no rotation
+        row, head = (torch.arange(n, device=tokens.device) for n in (B, self.layers[0].attention.n_kv_heads))
+        where = (row[:, None, None], head[:, None], input_pos[:, None])              # of keys, broadcast to [B, K, T]
 
         x = self.tok_embeddings(tokens)                                              # [B, T, D]
         if self.args.embedding_scale != 1.0:        # rounded to x's dtype first, as Gemma was trained
             x = x * torch.full((), self.args.embedding_scale, dtype=x.dtype, device=x.device)
         for layer, rope, window in zip(self.layers, self.args.layer_ropes, self.args.layer_windows):
-            x = layer(x, input_pos, rotations[rope], masks[window])
+            x = layer(x, where, rotations[rope], masks[window])
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))       # [B, n, D]
         return self.head(self.norm(x))
@@ -213,9 +215,9 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(args.post_ffn_norm)
         self.residual_scale = args.residual_scale
 
-    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None,
+    def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
-        h = self.attention(self.attention_norm(x), input_pos, rotation, mask)
+        h = self.attention(self.attention_norm(x), where, rotation, mask)
         x = x + self.post_attention_norm(h) * self.residual_scale
         h = self.feed_forward(self.ffn_norm(x))
         return x + self.post_ffn_norm(h) * self.residual_scale                       # [B, T, D]
@@ -239,7 +241,7 @@ class Attention(nn.Module):
         self.cache = KVCache(args)
         self.attend = attend            # a device may bring its own: see kernels/
 
-    def forward(self, x: Tensor, input_pos: Tensor, rotation: tuple[Tensor, Tensor] | None,
+    def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
         B, T, _ = x.shape
         H, K, E = self.n_heads, self.n_kv_heads, self.head_dim
@@ -250,8 +252,8 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        k, v = self.cache(input_pos, k, v, mask.shape[-1])                           # [B, K, S, E]
+            q, k = rotate(torch.cat([q, k], 1), *rotation).split_with_sizes([H, K], 1)       # both at once: half the calls
+        k, v = self.cache(where, k, v, mask.shape[-1])                               # [B, K, S, E]
         y = self.attend(q, k, v, mask, self.scale, self.softcap, self.sinks)         # [B, H, T, E]
         return self.wo(y.transpose(1, 2).reshape(B, T, H * E))                       # [B, T, D]
 
@@ -280,16 +282,11 @@ class KVCache(nn.Module):
                 new[:old.shape[0], :, :old.shape[2]] = old
             setattr(self, name, new)
 
-    def forward(self, input_pos: Tensor, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    def forward(self, where: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         if self.k is None:
             return k, v
-        B, K, T, E = k.shape
-        row = torch.arange(B, device=k.device).view(B, 1, 1)
-        head = torch.arange(K, device=k.device).view(1, K, 1)
-        where = (row, head, input_pos.view(B, 1, T))                                 # broadcast to [B, K, T]
-        self.k[where] = k
-        self.v[where] = v
-        return self.k[:B, :, :slots], self.v[:B, :, :slots]                          # [B, K, S, E]
+        self.k[where], self.v[where] = k, v
+        return self.k[:len(k), :, :slots], self.v[:len(k), :, :slots]                # [B, K, S, E]
 
 
 def attention_mask(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
@@ -410,8 +407,7 @@ class RMSNorm(nn.Module):
         self.eps, self.style = args.norm_eps, args.norm_style
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         if self.style == "llama":
             return self.weight * y.to(x.dtype)
         weight = self.weight.float() + 1.0 if self.style == "gemma" else self.weight.float()
@@ -424,7 +420,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (j, j + r/2) of a head's first r dimensions. x [B, H, T, E]; cos and sin [B, 1, T,
     r/2] float32."""
     r = 2 * cos.shape[-1]
-    x1, x2 = x[..., :r // 2].float(), x[..., r // 2:r].float()
+    x1, x2 = x[..., :r].float().chunk(2, -1)
     turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
     return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], dim=-1)
 
