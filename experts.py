@@ -51,7 +51,7 @@ class Records:
         for name, dtype, shape in forms[0]:
             self.parts.append((name, dtype, shape, n))
             n += -(-shape.numel() * dtype.itemsize // 64) * 64
-        self.bytes = torch.empty(len(forms), n, dtype=torch.uint8) if written is None else written
+        self.bytes = cpu.in_large_pages(len(forms) * n).view(len(forms), n) if written is None else written
         for record, expert in zip(self.bytes, experts):
             for (_, old), view in zip(tensors_of(expert), self.views(record)) if written is None else ():
                 view.copy_(old)
