@@ -73,7 +73,7 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
     # every batch and cache size is a graph of its own, and past the limit a step would fail
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
                  compile_step(decode) if compile_decode else decode, PAD if compile_prefill else 1)
 
@@ -90,7 +90,7 @@ def compile_step(step: Callable) -> Callable:
     def run(model: Transformer, *rest: Tensor) -> Tensor:
         return compiled(NUMBERS.setdefault(model, str(next(COUNT))), model, *rest)
     kind = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
-        {"cpp_wrapper": ranks.size() == 1}
+        {"cpp_wrapper": ranks.size() == 1 and not torch.accelerator.is_available()}
     options = {"size_asserts": False, "guard_filter_fn": conditions} | kind
     compiled = torch.compile(numbered, fullgraph=True, options=options)
     return run

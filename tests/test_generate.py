@@ -292,6 +292,22 @@ def test_figures_leave_out_the_caller(tokenizer):
 
 # ---- compiled graphs -------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def test_a_graph_serves_the_model_it_was_compiled_for_and_sees_its_cache_grow():
+    """A compiled step looks at no layer again: models of equal shapes must have graphs of their own, and a larger cache
+    must not be taken for the old one."""
+    steps, models = g.compile_steps(), [random_model(), random_model(attention_scale=3.0)]
+    answers = []
+    for length in (20, 700):
+        for model in models:
+            g.make_room(model, 1, length)
+            g.run_prefill(model, g.EAGER, [[i % 300 for i in range(length - 6)]])
+            rest = torch.tensor([[7]]), torch.tensor([[length - 6]]), g.attended(model, length - 5)
+            answers.append(steps.decode(model, *rest))
+            torch.testing.assert_close(answers[-1], g.decode(model, *rest), rtol=1e-4, atol=1e-4)
+    assert (answers[0] - answers[1]).abs().max() > 0.01
+
+
 def test_lengths_and_settings_do_not_recompile(tokenizer):
     """A graph per prompt length, per sampling setting or per call; and compiled tokens that differ from eager ones."""
     torch._dynamo.reset()
