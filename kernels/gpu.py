@@ -15,7 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-try:
+try:                                    # where it cannot run it is not loaded: it brings the compiler, which takes 2 s
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:
