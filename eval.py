@@ -41,15 +41,16 @@ def score_chunk(model: Transformer, tokens: Tensor, targets: Tensor, input_pos: 
 
 
 @torch.no_grad()
-def score(model: Transformer, texts: list[tuple[list[int], int]], *, batch_size: int = 8,
+def score(model: Transformer, texts: list[tuple[list[int], int]], *, batch_size: int = 8, chunk: int = 0,
           step: Callable = score_chunk, progress: Callable[[int, int], None] | None = None) -> list[tuple[float, bool]]:
     """For each (ids, n): the log-probability (nats) of its last n ids after those before them, and whether
-    greedy decoding would have said them. Batched by length; logits exist for a few positions at a time."""
+    greedy decoding would have said them. Batched by length; logits exist for a few positions at a time, at most `chunk`
+    (0: as many as fit)."""
     results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))               # the longest first: fail early
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
-        logp, greedy = score_batch(model, [texts[i][0] for i in batch], step)
+        logp, greedy = score_batch(model, [texts[i][0] for i in batch], step, chunk)
         for row, i in enumerate(batch):
             ids, n = texts[i]
             span = slice(len(ids) - 1 - n, len(ids) - 1)
@@ -59,13 +60,13 @@ def score(model: Transformer, texts: list[tuple[list[int], int]], *, batch_size:
     return results
 
 
-def score_batch(model: Transformer, rows: list[list[int]], step: Callable) -> tuple[Tensor, Tensor]:
+def score_batch(model: Transformer, rows: list[list[int]], step: Callable, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """Position t of the result [B, T - 1] tells of id t + 1. Rows are padded to the right, as in prefill."""
     device, longest = model.norm.weight.device, max(map(len, rows))
     width = -(-max(longest - 1, 1) // PAD) * PAD                # few widths, and each a multiple: see compile_steps
     ids = torch.tensor([row + [0] * (width + 1 - len(row)) for row in rows], device=device)
     make_room(model, len(rows), width)
-    chunk = max(PAD, LOGITS // (len(rows) * model.args.vocab_size) // PAD * PAD)
+    chunk = -(-chunk // PAD) * PAD or max(PAD, LOGITS // (len(rows) * model.args.vocab_size) // PAD * PAD)
     found = []
     for begin in range(0, width, chunk):
         end = min(begin + chunk, width)
@@ -240,6 +241,8 @@ def parser() -> argparse.ArgumentParser:
     add("--bootstrap_iters", type=int, default=1000, help="for the standard errors; 0: none")
     add("--max_seq_length", type=int, default=0, help="tokens in a window; default: 2048, or what the model takes")
     add("--batch_size", type=int, default=8)
+    add("--chunk", type=int, default=0,
+        help="tokens of a row in a forward of --perplexity, a multiple of 16; 16, with --batch_size 1, take decode's kernels")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--compile", action="store_true", help="compile scoring and the one-token step")
@@ -252,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
 def run(o: argparse.Namespace):
     if not (o.perplexity or o.tasks):
         raise ValueError("nothing to do: give --perplexity FILE or --tasks NAME ...")
-    for name, low in (("batch_size", 1), ("max_seq_length", 0)):
+    for name, low in (("batch_size", 1), ("max_seq_length", 0), ("chunk", 0)):
         if getattr(o, name) < low:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be {low} or more")
     if o.tasks:
@@ -270,8 +273,8 @@ def run(o: argparse.Namespace):
     began = time.perf_counter()
     if o.perplexity:
         report |= {"file": o.perplexity} | perplexity(
-            model, tokenizer, text, length=o.max_seq_length, batch_size=o.batch_size, step=scoring_step(o.compile),
-            progress=None if o.quiet else progress_line("windows"))
+            model, tokenizer, text, length=o.max_seq_length, batch_size=o.batch_size, chunk=o.chunk,
+            step=scoring_step(o.compile), progress=None if o.quiet else progress_line("windows"))
     if o.tasks:
         found = run_tasks(model, tokenizer, o)
         report |= {key: found[key] for key in ("results", "versions", "n-shot") if key in found}

@@ -245,7 +245,8 @@ class Attention(nn.Module):
                 mask: Tensor) -> Tensor:
         B, T, _ = x.shape
         H, K, E = self.n_heads, self.n_kv_heads, self.head_dim
-        q, k, v = self.wqkv(x).split_with_sizes([H * E, K * E, K * E], dim=-1)           # [B, T, H*E], [B, T, K*E] twice
+        # [B, T, H*E] and twice [B, T, K*E]; what `split` makes of it, PyTorch's cache of traced graphs does not keep
+        q, k, v = self.wqkv(x).split_with_sizes([H * E, K * E, K * E], dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(B, T, -1, E).transpose(1, 2) for t in (q, k, v))           # [B, H|K, T, E]

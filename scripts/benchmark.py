@@ -33,7 +33,7 @@ from experts import pack_model  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
 from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
 from model import Transformer  # noqa: E402
-from quantize import KINDS, describe  # noqa: E402
+from quantize import GROUPSIZES, KINDS, describe  # noqa: E402
 from peers import make_peers  # noqa: E402
 from sampling import Sampler, Sampling  # noqa: E402
 
@@ -203,7 +203,7 @@ def main():
     p.add_argument("--config", default=str(ROOT / "scripts/shapes/llama-3.2-1b.json"), help="a config.json")
     p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     p.add_argument("--mode", default="", choices=["", "int8", "int4"], help="of the weights; default: --dtype")
-    p.add_argument("--groupsize", type=int, default=32, help="of int4")
+    p.add_argument("--groupsize", type=int, default=32, choices=GROUPSIZES, help="of int4")
     p.add_argument("--device", default="auto")
     p.add_argument("--batch_size", type=int, default=1)
     p.add_argument("--prompt_tokens", type=int, default=512)

@@ -70,6 +70,19 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
         assert abs(logp - other) < 1e-3 and greedy == also
 
 
+def test_chunks_bound_a_forward_and_change_no_score():
+    """--chunk is how decode's kernels are judged: no forward may have more tokens."""
+    model, tokenizer = load_model(STORIES, dtype="float32")
+    widths, text = [], HELD_OUT.read_text()[:1500]
+
+    def step(model, tokens, *rest):
+        widths.append(tokens.shape[1])
+        return evaluation.score_chunk(model, tokens, *rest)
+    whole = evaluation.perplexity(model, tokenizer, text)["nats"]
+    assert abs(evaluation.perplexity(model, tokenizer, text, batch_size=1, chunk=9, step=step)["nats"] - whole) < 1e-2
+    assert set(widths) == {16}
+
+
 def test_greedy_is_what_greedy_decoding_says():
     from generate import generate
     model, tokenizer = load_model(STORIES, dtype="float32")
@@ -142,6 +155,7 @@ def test_documents_do_not_see_each_other(tmp_path, capsys):
     (["--perplexity", sys.executable], 2, "is not UTF-8"),
     (["--perplexity", str(HELD_OUT), "--max_seq_length", "1"], 2, "a window needs 2"),
     (["--perplexity", str(HELD_OUT), "--batch_size", "0"], 2, "batch_size is 0"),
+    (["--perplexity", str(HELD_OUT), "--chunk", "-1"], 2, "chunk is -1"),
     (["--perplexity", str(HELD_OUT), "--checkpoint_path", "no/where/at/all"], 1, "no file or folder"),
 ])
 def test_bad_arguments_are_one_sentence(words, code, sentence, capsys):
