@@ -342,6 +342,7 @@ def pack_model(model: nn.Module, finish: Callable[[nn.Module], None] = lambda bl
             if isinstance(module, QuantizedLinear):
                 module.pack()
         cpu.pack_part(model, part)
+        gpu.pack_part(model, part)
         finish(part)
     return model
 

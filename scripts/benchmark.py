@@ -36,6 +36,7 @@ from model import Transformer  # noqa: E402
 from quantize import GROUPSIZES, KINDS, describe  # noqa: E402
 from peers import make_peers  # noqa: E402
 from sampling import Sampler, Sampling  # noqa: E402
+import tables  # noqa: E402
 
 
 def tensor_names(config: dict) -> list[str]:
@@ -198,7 +199,7 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
     return found
 
 
-def main():
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Time a model shape with random weights, beside the bandwidth.")
     p.add_argument("--config", default=str(ROOT / "scripts/shapes/llama-3.2-1b.json"), help="a config.json")
     p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -216,18 +217,13 @@ def main():
     p.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="PEERS",
                    help="llama.cpp,transformers: time them in the same rounds, where installed (see peers.py)")
     p.add_argument("--profile", metavar="FILE", help="also write a trace of a round of decode steps")
+    p.add_argument("--tables", type=Path, metavar="PAGE",
+                   help="measure every row of tables.py and write the tables into a page, between its marks")
     p.add_argument("--json", action="store_true")
-    ranks.hush()
-    o = p.parse_args()
-    try:
-        ranks.start(o.device)
-        found = measure(o)
-    except (ValueError, OSError) as error:
-        ranks.fail(str(error))
-        sys.exit(1)
-    if o.json:
-        print(json.dumps(found))
-        return
+    return p
+
+
+def report(o, found: dict):
     read_mb = found["bytes_per_token"] / 1e6
     print(f"{Path(o.config).stem}, {read_mb:.1f} MB a token, {found['quant'] or o.dtype} on {found['device']}, "
           f"{found['threads']} threads, torch {found['torch']}, commit {found['commit']}")
@@ -246,6 +242,20 @@ def main():
     if "capacity" in found:
         print(f"{o.capacity} slots      {found['large_cache_ratio']:8.2f} x a step's time in a small cache")
     print(f"compilation      {found['compile_s']:8.1f} s; peak memory {found['peak_mem_bytes'] / 1e9:.2f} GB")
+
+
+def main():
+    ranks.hush()
+    o = parser().parse_args()
+    try:
+        if o.tables:
+            return tables.write(o.tables, o.against, ["--device", o.device, "--rounds", str(o.rounds)])
+        ranks.start(o.device)
+        found = measure(o)
+    except (ValueError, OSError) as error:
+        ranks.fail(str(error))
+        sys.exit(1)
+    print(json.dumps(found)) if o.json else report(o, found)
 
 
 if __name__ == "__main__":

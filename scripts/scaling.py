@@ -1,4 +1,4 @@
-"""How cost grows: a page of tables and two plots, by precision, batch, context length and model size.
+"""How cost grows: a page of tables and three plots, by precision, batch, context length and model size.
 
     python scripts/scaling.py --out scaling/README.md
 
@@ -8,9 +8,7 @@ medians of rounds that alternate with the probe. Plots are SVG files beside the 
 What it is not: a comparison with others; that is `benchmark.py --against`.
 """
 import argparse
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import torch  # noqa: E402
 from benchmark import decode_work, random_model, seconds  # noqa: E402
 from figures import bytes_per_token, probe_bandwidth  # noqa: E402
 from generate import EAGER, pick_device, run_prefill  # noqa: E402
+from tables import machine  # noqa: E402
 
 SHAPES = ["stories15m", "llama-3.2-1b", "llama-3.2-3b"]
 MODES = {"": "bfloat16", "int8": "int8", "int4": "int4, groups of 32"}
@@ -79,16 +78,6 @@ def say(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
-def machine() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip()
-    except (OSError, IndexError):
-        cpu = platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return f"{cpu}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; commit {commit}"
-
-
 # ---- the page ----------------------------------------------------------------------------------------------
 
 def page(o: argparse.Namespace, found: dict) -> str:
@@ -112,7 +101,7 @@ def page(o: argparse.Namespace, found: dict) -> str:
     for beyond in (c for c in CONTEXTS if c > filled):
         more = cache * beyond / filled
         lines.append(f"| {beyond:,} | not measured | {1e3 * (weights + more) / probe:.1f} ms | {more / (weights + more):.0%} |")
-    lines += ["", "## Model size", "", "| shape, bfloat16 | MB a token | decode, measured | modelled |", "|---|---:|---:|---:|"]
+    lines += ["", "![a step's time against tokens behind](scaling-context.svg)", "", "## Model size", "", "| shape, bfloat16 | MB a token | decode, measured | modelled |", "|---|---:|---:|---:|"]
     lines += [f"| {s} | {b / 1e6:,.0f} | {1 / step:.1f} tok/s | {probe / b:.1f} tok/s |" for s, b, step, probe in found["size"]]
     share = statistics.median(b / step / probe for _, b, step, probe in found["size"][1:] or found["size"])
     probe = found["size"][-1][3]
@@ -164,9 +153,12 @@ def plots(found: dict) -> dict[str, str]:
     line = [(mb, probe / mb / 1e6) for mb in (max(sizes), min(sizes))]
     speeds = {MODES[row[0]]: [(row[1] / 1e6, row[2])] for row in p}
     name = f"bandwidth, {probe / 1e9:.0f} GB/s"
+    context = {"measured": [(filled, 1e3 * step) for filled, step, *_ in found["context"]],
+               "modelled": [(filled, 1e3 * (weights + cache) / probe) for filled, _, probe, weights, cache in found["context"]]}
     return {"scaling-precision.svg": plot("Decode against the bandwidth line", "MB read a token", "tok/s", {name: line} | speeds, (name,)),
             "scaling-batch.svg": plot("Tokens a second of all rows", "rows", "tok/s", {
-                MODES[mode]: [(rows, speed) for rows, speed, *_ in found["batch"][mode]] for mode in MODES})}
+                MODES[mode]: [(rows, speed) for rows, speed, *_ in found["batch"][mode]] for mode in MODES}),
+            "scaling-context.svg": plot("A step's time, bfloat16, one row", "tokens behind", "ms", context, ("modelled",))}
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
+import torch
 from families import Family, rope, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,28 @@ def test_a_mixture_is_timed(tmp_path):
     more = json.loads(run("scripts/benchmark.py", "--config", two, "--rounds", 1, "--new_tokens", 4, "--prompt_tokens", 8,
                           "--json").stdout)
     assert more["bytes_per_token"] - found["bytes_per_token"] == 2 * 3 * 64 * 96 * 2         # layers, matrices, sizes, bytes
+
+
+def test_the_tables_of_a_page(tmp_path):
+    """Rows that a page lacks, and words around them that are lost; a page without marks, measured for nothing."""
+    sys.path.append(str(ROOT / "scripts"))
+    import benchmark
+    import tables
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
+    few = ["--rounds", "1", "--new_tokens", "4", "--prompt_tokens", "8"]
+    tables.write(page, [], few, rows=[("stories15m", []), ("stories15m", tables.INT8)])
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert f"torch {torch.__version__}" in lines[2] and "commit" in lines[2]
+    rows = [line.split("|") for line in lines if line.startswith("| stories15m")]
+    assert [row[2].strip() for row in rows] == ["bfloat16", "int8"] and all(len(row) == 10 for row in rows)
+    assert all(float(row[5].split()[0].replace(",", "")) > 0 for row in rows)
+    for shape_, flags in tables.ROWS:
+        assert (ROOT / f"scripts/shapes/{shape_}.json").exists()
+        benchmark.parser().parse_args(flags)
+    page.write_text("no marks\n")
+    assert "has no lines <!-- speed -->" in run("scripts/benchmark.py", "--tables", page, code=1).stderr
 
 
 def test_the_scaling_page(tmp_path):

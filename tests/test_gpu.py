@@ -37,6 +37,45 @@ for kind, group, zeros in ((Int4Linear, 32, True), (Int4Linear, 128, True), (Int
 print(len(calls))
 """
 
+ATTEND = """
+import torch
+from kernels import gpu
+from model import attend, attention_mask
+calls = []
+gpu.attend_in_parts, plain = lambda *a: calls.append(a) or plain(*a), gpu.attend_in_parts
+torch.manual_seed(0)
+for B, H, K, T, E, S, window, cap, sunk in ((1, 4, 2, 1, 64, 256, 0, 0.0, False), (2, 8, 2, 5, 32, 700, 0, 0.0, False),
+                                            (2, 4, 4, 1, 128, 300, 100, 30.0, True), (3, 8, 1, 3, 16, 64, 0, 0.0, True),
+                                            (1, 8, 8, 4, 64, 130, 7, 50.0, False), (40, 8, 8, 1, 16, 70, 0, 0.0, False)):
+    k, v = (torch.randn(B, K, S + 1, E).bfloat16()[:, :, :S] for _ in range(2))
+    q = torch.randn(B, H, T, E).bfloat16()
+    at = torch.randint(0, S - T, (B, 1)) + torch.arange(T)
+    mask, sinks = attention_mask(at, torch.arange(S).expand(B, -1), window), torch.randn(H) if sunk else None
+    wanted = attend(q.float(), k.float(), v.float(), mask, E ** -0.5, cap, sinks)
+    y = gpu.attend(q, k, v, mask, E ** -0.5, cap, sinks)
+    assert y.shape == q.shape and y.dtype == q.dtype
+    assert (y - wanted).abs().max() < 0.01 * wanted.abs().max(), (B, H, K, T, E, S)
+    for unseen in (k, v):               # what no query sees is not looked at
+        unseen.masked_fill_(~mask.any(2)[..., None].expand_as(unseen), float("nan") if unseen is k else 1e30)
+    assert torch.equal(gpu.attend(q, k, v, mask, E ** -0.5, cap, sinks), y)
+before = len(calls)
+for E, T in ((80, 1), (64, 16)):                # no power of two; a prompt
+    q, k = torch.randn(1, 2, T, E).bfloat16(), torch.randn(1, 2, 64, E).bfloat16()
+    gpu.attend(q, k, k, torch.ones(1, 1, T, 64, dtype=torch.bool), 1.0)
+assert len(calls) == before
+print(before)
+"""
+
+MODEL = """
+import torch
+from generate import load_model, generate
+from kernels import gpu
+model, tokenizer = load_model(dtype="bfloat16")
+assert all(layer.attention.attend is gpu.attend for layer in model.layers)
+[row] = generate(model, tokenizer, ["Once upon a time"], max_new_tokens=12, temperature=0)
+print(row.text)
+"""
+
 REFUSED = """
 import torch
 from kernels import gpu
@@ -63,10 +102,23 @@ def test_few_rows_equal_the_dequantized_weights():
     assert int(done.stdout) > 6 * 3 * 5
 
 
+def test_attention_equals_the_plain_form():
+    """Groups of heads, rows at unlike positions, windows, soft caps, sinks, more slots than are filled."""
+    done = run(ATTEND)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 12
+
+
+def test_a_model_attends_with_it():
+    with_it, without = run(MODEL), run(MODEL.replace("assert all", "assert not any"), GPU_KERNELS="0")
+    assert with_it.returncode == without.returncode == 0, with_it.stderr + without.stderr
+    assert with_it.stdout == without.stdout and len(with_it.stdout.split()) > 5
+
+
 def test_what_it_cannot_do_is_left_to_pytorch():
     done = run(REFUSED)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("note: the GPU kernel does not run here (no such target)") == 1
+    assert done.stderr.count("note: a GPU kernel does not run here (no such target)") == 1
 
 
 def test_it_can_be_turned_off():
@@ -91,6 +143,15 @@ for bits, zeros, tile, rows in ((4, True, 32, 16), (4, True, 128, 32), (8, False
                                        constexprs={(names.index(name),): value for name, value in fixed.items()})
     print("mma" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 """
-    done = run(code, TRITON_INTERPRET="0")
+    attend = """
+names = gpu.attend_part.arg_names
+for rows, width, capped in ((16, 64, False), (32, 128, True), (16, 256, False)):
+    fixed = dict(CAPPED=capped, ROWS=rows, E=width, SLOTS=64, DOT=tl.bfloat16)
+    types = dict(zip(names, (*["*bf16"] * 3, "*u8", *["*fp32"] * 3, *["i32"] * 10, "fp32", "fp32"))) | dict.fromkeys(fixed, "constexpr")
+    source = triton.compiler.ASTSource(fn=gpu.attend_part, signature=types,
+                                       constexprs={(names.index(name),): value for name, value in fixed.items()})
+    print("mma" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+    done = run(code + attend, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 3
+    assert done.stdout.split() == ["True"] * 6
