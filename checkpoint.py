@@ -9,6 +9,7 @@ Reading order: `load_checkpoint` (the story), `open_source` (file formats), the 
 `save_checkpoint` (our own files), `resolve` (the hub). Then architecture.py for names and configs, or
 generate.py, which runs the model.
 """
+import itertools
 import json
 import math
 import os
@@ -56,12 +57,15 @@ class Source:
 def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     trust_architecture: bool = False, progress: Callable[[int, int], None] | None = None,
                     cut: Callable[[Transformer], dict] | None = None,
-                    place: Callable[[str], str | torch.device] | None = None) -> Transformer:
+                    place: Callable[[str], str | torch.device] | None = None,
+                    ready: Callable[[Transformer, nn.Module], None] | None = None) -> Transformer:
     """The model at `path` (a folder, a file, or a hub id), in eval mode, without gradients, in `dtype`
     (None: as stored). The weights are read once, straight into their final place: host memory peaks at the
     weights plus one tensor. progress(bytes done, bytes in all) is called after each parameter. cut: as
     tp.cut, makes the empty model smaller and tells what is left of its tensors; only that is read. place: the
-    device of each tensor, by name, where it is not `device`; "meta" leaves it unread. Raises CheckpointError.
+    device of each tensor, by name, where it is not `device`; "meta" leaves it unread. ready(model, part): called with
+    each block as soon as it is filled, so that it can be laid out anew before the next one takes memory, and with the
+    model in the end. Raises CheckpointError.
     """
     source = open_source(resolve(path))
     model, steps = prepare(source, trust_architecture)
@@ -76,15 +80,25 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu", dty
         if isinstance(module, QuantizedLinear):
             module.dtype = dtype
     done, total = 0, weight_bytes(model, dtype)
-    for name, where in places.items():
-        if where.type == "meta":
-            continue
-        weight = read_weight(source, model, steps, name, dtype, where)
-        done += weight.nbytes
-        if progress:
-            progress(done, total)
+    # the last norm first, which tells where the model is; then block after block
+    order = sorted(places, key=lambda name: (name != "norm.weight", block_of(name) == ""))
+    for block, names in itertools.groupby(order, block_of):
+        for name in (n for n in names if places[n].type != "meta"):
+            done += read_weight(source, model, steps, name, dtype, places[name]).nbytes
+            if progress:
+                progress(done, total)
+        if block and ready:
+            ready(model, model.get_submodule(block))
     model.ropes.to(torch.device(device))
-    return model.eval()
+    model.eval()
+    if ready:
+        ready(model, model)
+    return model
+
+
+def block_of(name: str) -> str:
+    """layers.0.attention.wo.weight -> layers.0; "" for a tensor of none."""
+    return name[:name.index(".", 7)] if name.startswith("layers.") else ""
 
 
 def read_weight(source: Source, model: Transformer, steps: dict[str, list[Part]], name: str, dtype: torch.dtype,

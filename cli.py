@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -199,7 +199,8 @@ def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer:
         zeros = torch.zeros(rows, dtype=torch.long, device=model.norm.weight.device)
         greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, zeros.device)
         for _ in range(2):              # the second time finds every graph there; on CUDA it records them
-            run_prefill(model, steps, [[0] * PAD] * rows)
+            if steps.pad > 1:
+                run_prefill(model, steps, [[0] * PAD] * rows)
             for _ in decode_n_tokens(model, steps, zeros, zeros, 1, 2, greedy):
                 pass
     if speculation:
@@ -394,10 +395,17 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 
 # ---- entry -------------------------------------------------------------------------------------------------
 
+def load_compiler():
+    """It takes two seconds: meanwhile, the weights are read."""
+    with suppress(Exception):           # an inner matter of PyTorch's: where it has moved, it takes its time later
+        importlib.import_module("torch._inductor.compile_fx")
+        importlib.import_module("torch._inductor.codecache").CacheBase.get_system()
+
+
 def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
-    if o.compile or o.compile_prefill:          # the compiler takes two seconds to load: meanwhile, the weights
-        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
+    if o.compile or o.compile_prefill:
+        threading.Thread(target=load_compiler, daemon=True).start()
     return load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
 
 

@@ -1,6 +1,6 @@
 """How a layer's experts run where the plain loop of model.py (`run_experts`) would be slow or cannot be compiled.
 
-What it is: three other forms of the same sum, one of which `pack_model` gives to each layer of a model. `Stacked`: all
+What it is: three other forms of the same sum, one of which `pack_part` gives to each layer of a model. `Stacked`: all
 experts of a layer behind one another, one call of the CPU kernel. `Opaque`: the plain loop, which a compiled graph calls as
 one operator. `Gathered`: for a few tokens on an accelerator, by indexing, without asking the device what they chose.
 What it is not: routing, or the meaning of a mixture; that is `MoEFeedForward` in model.py. Experts that live on the
@@ -28,13 +28,18 @@ def layers(model: Transformer) -> list[MoEFeedForward]:
 
 def pack_model(model: Transformer) -> Transformer:
     """quantize.pack_model, and every mixture in the fastest form that its weights and its device allow."""
-    def finish(block: nn.Module):
-        layer = getattr(block, "feed_forward", None)
-        if not isinstance(layer, MoEFeedForward):
-            return
+    for part in (*model.layers, model):
+        pack_part(model, part)
+    return model
+
+
+def pack_part(model: Transformer, part: nn.Module):
+    """The same for one block, or for what is left when all are packed: the model itself."""
+    quantize.pack_part(model, part)
+    layer = getattr(part, "feed_forward", None)
+    if isinstance(layer, MoEFeedForward):
         on_cpu = model.norm.weight.device.type == "cpu"
         layer.run = Stacked(layer) if Stacked.fits(layer) else Opaque(layer) if on_cpu else Gathered(layer)
-    return quantize.pack_model(model, finish)
 
 
 # ---- the CPU kernel ----------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 import ranks
 import tp
 from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
                         weight_bytes)
-from experts import pack_model
-from kernels.cpu import NarrowRows
+from experts import pack_part
+from kernels.cpu import NarrowRows, available
 from model import Transformer
 from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
@@ -90,7 +91,8 @@ def compile_step(step: Callable) -> Callable:
     def run(model: Transformer, *rest: Tensor) -> Tensor:
         return compiled(NUMBERS.setdefault(model, str(next(COUNT))), model, *rest)
     kind = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
-        {"cpp_wrapper": ranks.size() == 1 and not torch.accelerator.is_available()}
+        {"cpp_wrapper": ranks.size() == 1 and not torch.accelerator.is_available(),
+         "cpp.vec_isa_ok": True if available() else None}             # our kernels were built for this processor
     options = {"size_asserts": False, "guard_filter_fn": conditions} | kind
     compiled = torch.compile(numbered, fullgraph=True, options=options)
     return run
@@ -339,20 +341,19 @@ def check_length(prompt: int, new: int, limit: int):
 # ---- for Python callers ------------------------------------------------------------------------------------
 
 def load_model(path: str | Path = BUNDLED, device: str = "cpu", dtype: str | torch.dtype = "auto",
-               pack: Callable[[Transformer], Transformer] = pack_model, **options) -> tuple[Transformer, Tokenizer]:
+               pack: Callable[[Transformer, nn.Module], None] = pack_part, **options) -> tuple[Transformer, Tokenizer]:
     """A checkpoint (folder, file or hub id) as a model ready to generate, and its tokenizer.
 
     The model carries what belongs to the checkpoint and not to the mathematics: `end_ids`,
     `generation_config`, and `limit`, the most tokens a row may hold. Raises ValueError or OSError with one
-    sentence.
+    sentence. pack: called with each block as soon as its weights are there, and with the model when all are.
     """
     path = resolve(str(path))
     device = pick_device(str(device))
     dtype = pick_dtype(dtype, device, path)
     tokenizer = load_tokenizer(path)
     several = ranks.size() > 1
-    model = load_checkpoint(path, device=device, dtype=dtype, cut=tp.cut if several else None, **options)
-    pack(model)
+    model = load_checkpoint(path, device=device, dtype=dtype, cut=tp.cut if several else None, ready=pack, **options)
     if several:
         tp.connect(model)
     model.end_ids, model.generation_config = set(end_ids(path)), read_generation_config(path)

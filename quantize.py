@@ -338,13 +338,18 @@ def pack_model(model: nn.Module, finish: Callable[[nn.Module], None] = lambda bl
     """Every layer as its device multiplies it fastest; for running, not for saving. finish: called with each block when
     it is packed; memory grows by one block at most."""
     for part in (*model.layers, model):
-        for module in part.modules():
-            if isinstance(module, QuantizedLinear):
-                module.pack()
-        cpu.pack_part(model, part)
-        gpu.pack_part(model, part)
+        pack_part(model, part)
         finish(part)
     return model
+
+
+def pack_part(model: nn.Module, part: nn.Module):
+    """The same for one block, or for what is left when all are packed: the model itself."""
+    for module in part.modules():
+        if isinstance(module, QuantizedLinear):
+            module.pack()
+    cpu.pack_part(model, part)
+    gpu.pack_part(model, part)
 
 
 def describe(model: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
 LARGE_PAGE = 2 << 20
+SLOW_PAGES = []                         # not empty: large ones take long to come by here
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
 
 
@@ -136,12 +138,24 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def in_large_pages(nbytes: int) -> Tensor:
     """Empty bytes, in pages of 2 MB where the system has such: the processor reads ahead within a page only, and a pass
-    over the weights is 5 to 10 % faster."""
+    over the weights is about 5 % faster. But the host of a virtual machine may put such a page together from 512 small
+    ones when it is first touched, in 5 ms; loading would take seconds longer. Once that is seen, pages stay small."""
     if nbytes < 4 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
     room = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    room.madvise(mmap.MADV_HUGEPAGE)
+    if not SLOW_PAGES:
+        room.madvise(mmap.MADV_HUGEPAGE)
+        if min(touch(room, 0), touch(room, LARGE_PAGE)) > 1e-3:
+            SLOW_PAGES.append(True)
+            room.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(room, dtype=torch.uint8)
+
+
+def touch(room: mmap.mmap, at: int) -> float:
+    """Seconds that a byte's first touch takes."""
+    began = time.perf_counter()
+    room[at] = 0
+    return time.perf_counter() - began
 
 
 def pack_groups(numbers: Tensor) -> Tensor:

@@ -520,7 +520,7 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
       for (int e = 0; e < 2; e++)
         write<uint16_t>(unit + (o * 2 + e) * 2, in[e] | in[2 + e] << 4 | in[4 + e] << 8 | in[6 + e] << 12);
   };
-  constexpr int64_t SOME = 16;                                                       // units, that caches hold them
+  constexpr int64_t SOME = 64;        // units: much of a row at once, which the processor reads ahead; caches hold what they become
   at::parallel_for(0, N / PANEL, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * PANEL; first < end * PANEL; first += PANEL)
       for (int64_t at = 0; at < units; at += SOME)

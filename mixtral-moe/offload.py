@@ -290,7 +290,9 @@ def load(path: str, device: str, dtype: str, *, vram_gb: float | None = None, ho
             return where
         return "cpu" if not mapped or name.startswith(first) else "meta"
 
-    def pack(model: Transformer) -> Transformer:
+    def pack(model: Transformer, part: nn.Module):
+        if part is not model:           # the layers' experts may lie in one file: wait for all
+            return
         written = map_experts(model, s, file) if mapped else [None] * len(s.layers)
 
         def finish(block: nn.Module):
@@ -301,7 +303,6 @@ def load(path: str, device: str, dtype: str, *, vram_gb: float | None = None, ho
         quantize.pack_model(model, finish)
         if file and not mapped:
             write_experts(model, s, file)
-        return model
 
     model, tokenizer = load_model(path, str(where), kind, pack=pack, place=place, trust_architecture=trust_architecture)
     if how == "auto" and where.type == "cuda":

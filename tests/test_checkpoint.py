@@ -274,6 +274,20 @@ def test_progress_ends_at_the_total(tmp_path):
     assert seen[-1] == (weight_bytes(model), weight_bytes(model)) and seen == sorted(seen)
 
 
+def test_a_block_is_ready_before_the_next_is_read(tmp_path):
+    """Memory that grows by all blocks before the first is laid out anew."""
+    seen = []
+
+    def ready(model, part):
+        filled = [name for name, t in model.state_dict().items() if t.device.type != "meta"]
+        which = "model" if part is model else next(i for i, block in enumerate(model.layers) if block is part)
+        seen.append((which, sorted({name.split(".")[1] for name in filled if name.startswith("layers.")}),
+                     "norm.weight" in filled))
+    model = load_checkpoint(write_hf(tmp_path / "m"), ready=ready)
+    blocks = [str(i) for i in range(len(model.layers))]
+    assert seen == [(i, blocks[:i + 1], True) for i in range(len(blocks))] + [("model", blocks, True)]
+
+
 # ---- tied heads ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dropped", ["lm_head.weight", "model.embed_tokens.weight"])

@@ -98,3 +98,17 @@ def test_attention_compiles_without_a_break():
     q, k, v, mask = operands(1, 4, 2, 1, 100, 64, 0, torch.bfloat16)
     compiled = torch.compile(lambda *t: cpu.attend(*t, 0.1), fullgraph=True)
     assert torch.equal(compiled(q, k, v, mask), cpu.attend(q, k, v, mask, 0.1))
+
+
+@pytest.mark.parametrize("seconds, slow", [([0.0001] * 8, False), ([0.005, 0.0001] * 4, False), ([0.005] * 8, True)])
+def test_large_pages_that_take_long_are_left_alone(seconds, slow, monkeypatch):
+    """Seconds of loading for a few per cent of a step; one interruption that is taken for that."""
+    if not hasattr(cpu.mmap, "MADV_HUGEPAGE"):
+        pytest.skip("the system has no large pages")
+    seconds = iter(seconds)
+    monkeypatch.setattr(cpu, "SLOW_PAGES", [])
+    monkeypatch.setattr(cpu, "touch", lambda room, at: next(seconds))
+    for _ in range(3):
+        assert cpu.in_large_pages(9 << 20).fill_(1).sum() == 9 << 20
+    assert bool(cpu.SLOW_PAGES) == slow
+    assert len(list(seconds)) == (6 if slow else 2)     # once it is known nobody looks again
