@@ -218,9 +218,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
         h = self.attention(self.attention_norm(x), where, rotation, mask)
-        x = x + self.post_attention_norm(h) * self.residual_scale
+        x = torch.add(x, self.post_attention_norm(h), alpha=self.residual_scale)
         h = self.feed_forward(self.ffn_norm(x))
-        return x + self.post_ffn_norm(h) * self.residual_scale                       # [B, T, D]
+        return torch.add(x, self.post_ffn_norm(h), alpha=self.residual_scale)        # [B, T, D]
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Attention(nn.Module):
         self.scale, self.softcap = args.attention_scale, args.attention_softcap
         self.sinks = nn.Parameter(torch.zeros(args.n_heads)) if args.attention_sinks else None       # [H]
         self.cache = KVCache(args)
-        self.attend = attend            # a device may bring its own: see kernels/
+        self.attend, self.rotate = attend, rotate                # a device may bring its own: see kernels/
 
     def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(torch.cat([q, k], 1), *rotation).split_with_sizes([H, K], 1)       # both at once: half the calls
+            q, k = self.rotate(torch.cat([q, k], 1), *rotation).split_with_sizes([H, K], 1)       # both at once: half the calls
         k, v = self.cache(where, k, v, mask.shape[-1])                               # [B, K, S, E]
         y = self.attend(q, k, v, mask, self.scale, self.softcap, self.sinks)         # [B, H, T, E]
         return self.wo(y.transpose(1, 2).reshape(B, T, H * E))                       # [B, T, D]

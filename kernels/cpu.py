@@ -1,4 +1,4 @@
-"""The CPU kernels, linear.cpp and attention.cpp: built once, called as operators, and the layout they read.
+"""The CPU kernels, linear.cpp, attention.cpp and step.cpp: built once, called as operators, and the layout they read.
 
 What it is: `available` builds and loads the operators, `pack` lays weights out, `linear` and `attend` call them, and
 `rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_model` puts a model on
@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model import FEW
+from model import FEW, KVCache, RMSNorm
 from model import attend as plain_attend
+from model import rotate as plain_rotate
 
-SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp", "step.cpp")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -245,16 +246,57 @@ def pack_part(model: nn.Module, part: nn.Module):
     if not available():
         return
     for name, module in list(part.named_modules()):
-        if hasattr(module, "attend") and model.norm.weight.device.type == "cpu":
-            module.attend = attend
+        parent, _, leaf = name.rpartition(".")
+        if getattr(module, "attend", attend) is not attend and model.norm.weight.device.type == "cpu":
+            module.attend, module.rotate, module.cache = attend, rotate, PackedCache(module.cache)
+        if type(module) is RMSNorm and module.weight.device.type == "cpu":
+            setattr(part.get_submodule(parent), leaf, PackedNorm(module))
         tied = module is model.tok_embeddings and model.output is None
         weight = module.weight if tied or isinstance(module, nn.Linear) else None
         if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
             continue
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
-        parent, _, leaf = name.rpartition(".")
         setattr(part.get_submodule(parent), leaf, packed)
         module.weight = None
+
+
+def by_call(x: Tensor) -> bool:
+    """Whether step.cpp serves: not where a compiler makes loops of its own."""
+    return not torch.compiler.is_compiling() and x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
+
+
+class PackedNorm(RMSNorm):
+    """RMSNorm in one call."""
+
+    def __init__(self, norm: RMSNorm):
+        nn.Module.__init__(self)
+        self.weight, self.eps, self.style = norm.weight, norm.eps, norm.style
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not by_call(x) or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return torch.ops.cpu_step.norm(x, self.weight, self.eps, self.style == "llama", float(self.style == "gemma"))
+
+
+class PackedCache(KVCache):
+    """KVCache whose new entries are written in one call."""
+
+    def __init__(self, cache: KVCache):
+        nn.Module.__init__(self)
+        self.n_kv_heads, self.head_dim = cache.n_kv_heads, cache.head_dim
+        self.register_buffer("k", cache.k, persistent=False)
+        self.register_buffer("v", cache.v, persistent=False)
+
+    def forward(self, where: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        if self.k is None or not by_call(k) or k.dtype != self.k.dtype:
+            return super().forward(where, k, v, slots)
+        torch.ops.cpu_step.keep(self.k, self.v, k, v, where[2])
+        return self.k[:len(k), :, :slots], self.v[:len(k), :, :slots]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """model.rotate in one call."""
+    return torch.ops.cpu_step.rotate(x, cos, sin) if by_call(x) else plain_rotate(x, cos, sin)
 
 
 class NarrowRows(TorchFunctionMode):

@@ -1,5 +1,5 @@
-"""The attention kernel against its plain form, `attend` in model.py. (The linear kernel's tests are in
-test_quantize.py, beside the layers that use it.)"""
+"""The kernels of attention and of a step's small parts against their plain forms in model.py. (The linear kernel's tests
+are in test_quantize.py, beside the layers that use it.)"""
 import subprocess
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 
 from generate import load_model
 from kernels import cpu
-from model import attend, attention_mask
+from model import KVCache, ModelArgs, RMSNorm, attend, attention_mask, rotate
 
 SHAPES = [  # B, H, K, T, S, E, window, cap
     (1, 6, 6, 1, 256, 48, 0, 0.0),          # E is not a power of two
@@ -90,7 +90,10 @@ def test_a_loaded_model_uses_it():
     """Else every other test here would pass while generation is slow."""
     needs_compiler()
     model, _ = load_model()
-    assert {layer.attention.attend for layer in model.layers} == {cpu.attend}
+    for layer in model.layers:
+        assert (layer.attention.attend, layer.attention.rotate) == (cpu.attend, cpu.rotate)
+        assert type(layer.attention.cache) is cpu.PackedCache and type(layer.ffn_norm) is cpu.PackedNorm
+    assert type(model.norm) is cpu.PackedNorm
 
 
 def test_attention_compiles_without_a_break():
@@ -99,6 +102,62 @@ def test_attention_compiles_without_a_break():
     compiled = torch.compile(lambda *t: cpu.attend(*t, 0.1), fullgraph=True)
     assert torch.equal(compiled(q, k, v, mask), cpu.attend(q, k, v, mask, 0.1))
 
+
+# ---- the small parts of a step -----------------------------------------------------------------------------
+
+@pytest.fixture(params=["native", "portable"])
+def step(request, monkeypatch):
+    """The operators as built for this machine, and without its instructions."""
+    needs_compiler()
+    if request.param == "portable":
+        torch.ops.load_library(cpu.build(cpu.SOURCES[2], "-DPORTABLE", "-DLIBRARY=portable_step", "-O1"))
+        monkeypatch.setattr(torch.ops, "cpu_step", torch.ops.portable_step)
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("style", ["llama", "float32", "gemma"])
+def test_norm_in_one_call(style, dtype, step):
+    """Widths that fill vectors or do not, views that are not in one piece; the roundings of each style."""
+    for D in (64, 100, 5):
+        norm = RMSNorm(D, ModelArgs(10, D, 1, 1, norm_style=style, norm_eps=1e-3))
+        norm.weight = torch.nn.Parameter(torch.randn(D).to(dtype), requires_grad=False)
+        for x in (torch.randn(1, 1, D), torch.randn(2, 3, 7, D).transpose(1, 2) * 30, torch.zeros(2, D)):
+            y = cpu.PackedNorm(norm)(x.to(dtype))
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, norm(x.to(dtype)), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_in_one_call(dtype, step):
+    for B, H, T, E, r in ((1, 4, 1, 64, 64), (2, 6, 5, 64, 20), (3, 2, 4, 10, 6)):
+        x = torch.randn(B, T, H, E).to(dtype).transpose(1, 2)
+        cos, sin = torch.randn(2, B, 1, T, r // 2)
+        torch.testing.assert_close(cpu.rotate(x, cos, sin), rotate(x, cos, sin), rtol=1e-2, atol=2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_entries_in_one_call(dtype, step):
+    """Rows at unlike positions, fewer rows than the cache has, slots beyond its end."""
+    plain, packed = (KVCache(ModelArgs(10, 64, 1, 4, n_kv_heads=2)) for _ in range(2))
+    packed = cpu.PackedCache(packed)
+    for cache in (plain, packed):
+        cache.allocate(3, 20, torch.zeros(0, dtype=dtype))
+    for T in (1, 4):
+        k, v = torch.randn(2, 2, T, 2, 16).to(dtype).transpose(2, 3)
+        pos = torch.tensor([[3], [11]]) + torch.arange(T)
+        where = (torch.arange(2)[:, None, None], torch.arange(2)[:, None], pos[:, None])
+        for a, b in zip(plain(where, k, v, 16), packed(where, k, v, 16)):
+            assert torch.equal(a, b) and a.shape == (2, 2, 16, 16)
+    assert torch.equal(plain.k, packed.k) and torch.equal(plain.v, packed.v)
+    for at in (-1, 21):
+        with pytest.raises(IndexError):
+            packed((where[0], where[1], torch.full((2, 1, 4), at)), k, v, 16)
+
+
+# ---- pages -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seconds, slow", [([0.0001] * 8, False), ([0.005, 0.0001] * 4, False), ([0.005] * 8, True)])
 def test_large_pages_that_take_long_are_left_alone(seconds, slow, monkeypatch):
