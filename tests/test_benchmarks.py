@@ -82,11 +82,12 @@ def test_a_mixture_is_timed(tmp_path):
     assert more["bytes_per_token"] - found["bytes_per_token"] == 2 * 3 * 64 * 96 * 2         # layers, matrices, sizes, bytes
 
 
-def test_the_tables_of_a_page(tmp_path):
+def test_the_tables_of_a_page(tmp_path, monkeypatch):
     """Rows that a page lacks, and words around them that are lost; a page without marks, measured for nothing."""
-    sys.path.append(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import benchmark
     import tables
+    monkeypatch.delitem(sys.modules, "benchmark")       # another folder has one of this name
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     few = ["--rounds", "1", "--new_tokens", "4", "--prompt_tokens", "8"]

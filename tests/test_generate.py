@@ -1,4 +1,5 @@
 """generate.py from Python: sampling, stopping, batches, caches, compiled graphs. Tiny random or scripted models."""
+import os
 import subprocess
 import sys
 import time
@@ -306,6 +307,21 @@ def test_a_graph_serves_the_model_it_was_compiled_for_and_sees_its_cache_grow():
             answers.append(steps.decode(model, *rest))
             torch.testing.assert_close(answers[-1], g.decode(model, *rest), rtol=1e-4, atol=1e-4)
     assert (answers[0] - answers[1]).abs().max() > 0.01
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    """An operator or a note on the graph that keeps PyTorch from finding it again: every start would be a cold one."""
+    code = """
+from generate import compile_steps, generate, load_model
+from torch._dynamo.utils import counters
+model, tokenizer = load_model(dtype="bfloat16")
+generate(model, tokenizer, ["Once"], max_new_tokens=3, temperature=0, steps=compile_steps())
+print(*(counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss", "bypass")))
+"""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for found in ("0 1 0", "1 0 0"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == found, done.stdout + done.stderr
 
 
 def test_lengths_and_settings_do_not_recompile(tokenizer):
