@@ -25,6 +25,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -391,6 +392,17 @@ template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
   std::copy_n(sums, n, y);
 }
 
+// f(begin, end) on all of 0 ... n - 1, by as many threads as there are grains. A thread takes an eighth of its share, then
+// what is next: where another program holds up one of them, the others do more, instead of waiting for it.
+template <class F> void share(int64_t n, int64_t grain, const F& f) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  const int64_t part = std::max<int64_t>(1, n / (8 * std::max<int64_t>(threads, 1)));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t at; (at = next.fetch_add(part)) < n;) f(at, std::min(n, at + part));
+  });
+}
+
 // Several products of one shape, but for their rows; the threads share all their panels.
 template <class W, class X, class Y>
 void run(const std::vector<Product>& products) {
@@ -399,7 +411,7 @@ void run(const std::vector<Product>& products) {
   const int64_t K = products[0].K, panels = (products[0].N + PANEL - 1) / PANEL;
   // a thread is worth waking for 64 K multiplications
   const int64_t grain = std::max<int64_t>(1, 65536 / (K * PANEL * std::min<int64_t>(rows, 8)));
-  at::parallel_for(0, panels * products.size(), grain, [&](int64_t begin, int64_t end) {
+  share(panels * products.size(), grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch s;
     s.y.resize(rows * PANEL);
     for (int64_t i = begin; i < end; i++) {
