@@ -23,6 +23,7 @@ import ranks
 from figures import bytes_per_token, peak_memory, probe_bandwidth
 from generate import (BUNDLED, EAGER, PAD, Figures, Row, Steps, compile_steps, decode_n_tokens, generate_rows, load_model,
                       make_room, rows_for, run_prefill)
+from kernels import cpu
 from model import Transformer
 from quantize import describe
 from sampling import Sampler, Sampling
@@ -395,6 +396,10 @@ def answer(o, model: Transformer, row: Row, steps: Steps, cached: int, speculati
 
 # ---- entry -------------------------------------------------------------------------------------------------
 
+def conversing(o: argparse.Namespace) -> bool:
+    return o.interactive or (o.chat and not o.prompt and not o.prompt_file)
+
+
 def load_compiler():
     """It takes two seconds: meanwhile, the weights are read."""
     with suppress(Exception):           # an inner matter of PyTorch's: where it has moved, it takes its time later
@@ -406,6 +411,8 @@ def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
     if o.compile or o.compile_prefill:
         threading.Thread(target=load_compiler, daemon=True).start()
+    if not conversing(o):               # whoever stays for a talk gains more from the faster step
+        cpu.HURRY["pages are slow"] = False
     return load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
 
 
@@ -433,7 +440,7 @@ def run(o: argparse.Namespace, load: Callable = load):
         say(o, "note: this model has no chat template; messages go in as plain text")
     elif tokenizer.chat_template is not None and not (o.chat or o.interactive):
         say(o, "note: this model has a chat template; --chat uses it")
-    if o.interactive or (o.chat and not o.prompt and not o.prompt_file):
+    if conversing(o):
         converse(o, model, tokenizer, speculation, report)
     else:
         run_prompts(o, model, tokenizer, speculation, report)

@@ -33,7 +33,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
 LARGE_PAGE = 2 << 20
-SLOW_PAGES = []                         # not empty: large ones take long to come by here
+HURRY = {}                              # not empty: a program in a hurry, and what it has seen
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
 
 
@@ -140,14 +140,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def in_large_pages(nbytes: int) -> Tensor:
     """Empty bytes, in pages of 2 MB where the system has such: the processor reads ahead within a page only, and a pass
     over the weights is about 5 % faster. But the host of a virtual machine may put such a page together from 512 small
-    ones when it is first touched, in 5 ms; loading would take seconds longer. Once that is seen, pages stay small."""
+    ones when it is first touched, in 5 ms, which makes seconds of a large model's start. Where that is seen in a program
+    in a HURRY, one that answers a single prompt, pages stay small."""
     if nbytes < 4 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
     room = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if not SLOW_PAGES:
+    if not HURRY.get("pages are slow"):
         room.madvise(mmap.MADV_HUGEPAGE)
-        if min(touch(room, 0), touch(room, LARGE_PAGE)) > 1e-3:
-            SLOW_PAGES.append(True)
+        if HURRY and min(touch(room, 0), touch(room, LARGE_PAGE)) > 1e-3:
+            HURRY["pages are slow"] = True
             room.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(room, dtype=torch.uint8)
 

@@ -165,9 +165,11 @@ def test_large_pages_that_take_long_are_left_alone(seconds, slow, monkeypatch):
     if not hasattr(cpu.mmap, "MADV_HUGEPAGE"):
         pytest.skip("the system has no large pages")
     seconds = iter(seconds)
-    monkeypatch.setattr(cpu, "SLOW_PAGES", [])
+    monkeypatch.setattr(cpu, "HURRY", {})
     monkeypatch.setattr(cpu, "touch", lambda room, at: next(seconds))
+    cpu.in_large_pages(9 << 20)                         # no hurry: nobody looks
+    cpu.HURRY["pages are slow"] = False
     for _ in range(3):
         assert cpu.in_large_pages(9 << 20).fill_(1).sum() == 9 << 20
-    assert bool(cpu.SLOW_PAGES) == slow
+    assert cpu.HURRY["pages are slow"] == slow
     assert len(list(seconds)) == (6 if slow else 2)     # once it is known nobody looks again
