@@ -190,8 +190,8 @@ class Transformer(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[B, n, D] -> logits [B, n, V], float32."""
-        logits = self.tok_embeddings.head(x) if self.output is None else self.output(x)
-        return softcap(logits.float() * self.args.output_scale, self.args.output_softcap)
+        logits, scale = (self.tok_embeddings.head(x) if self.output is None else self.output(x)).float(), self.args.output_scale
+        return softcap(logits if scale == 1.0 else logits * scale, self.args.output_softcap)
 
 
 class TokenTable(nn.Embedding):

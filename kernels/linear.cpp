@@ -14,7 +14,8 @@
 // high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 32 inputs by a scale of their
 // own, as llama.cpp does; what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
-// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16] low and high halves. x comes as blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
+// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16] low and high halves. x comes as blocks of up to 12 rows,
+// [K / 2][rows][2], so that reading it is one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -36,6 +37,7 @@
 namespace {
 
 constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
+constexpr int BYTE_ROWS = 8;                    // of x in int8: 32 rows are four even blocks
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
@@ -603,9 +605,9 @@ void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group)
     const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.x.size(0) <= DIRECT; });
     const std::vector<Job> few(jobs.begin(), many);
     jobs.erase(jobs.begin(), many);
-    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, N, K, group, ROWS);
-    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, N, K, group, ROWS);
-    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, N, K, group, ROWS);
+    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, N, K, group, BYTE_ROWS);
+    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, N, K, group, BYTE_ROWS);
+    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, N, K, group, BYTE_ROWS);
     if (jobs.empty()) return;
   }
 #endif
