@@ -34,7 +34,7 @@ TILE = 128                              # inputs it looks at at a time, if a gro
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"                           # it cannot multiply bfloat16
 PROGRAMS = 264                          # wanted, two for each multiprocessor of a large GPU
 SLOTS = 64                              # of the cache that attention looks at at a time
-PARTS = 32                              # of the slots, at most, and the queries of a key head that share them
+PARTS = 32                              # programs, at most, that share the slots of a key head
 
 
 def works(layer) -> bool:
@@ -82,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
     """model.attend with few queries in the kernel."""
     B, H, T, E = q.shape
     K = k.shape[1]
-    if T > FEW or H // K * T > PARTS or E not in (16, 32, 64, 128, 256) or q.dtype == torch.float32 and not INTERPRETED:
+    if T > FEW or H // K * T > ROWS or E not in (16, 32, 64, 128, 256) or q.dtype == torch.float32 and not INTERPRETED:
         return plain_attend(q, k, v, mask, scale, cap, sinks)
     parts, most, total = attend_in_parts(q.reshape(B * K, H // K * T, E), k, v, mask, scale, cap)
     highest = most.amax(0)                                                           # [B*K, R]

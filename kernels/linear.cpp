@@ -14,8 +14,8 @@
 // high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 32 inputs by a scale of their
 // own, as llama.cpp does; what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
-// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16] low and high halves. x comes as blocks of up to 12 rows,
-// [K / 2][rows][2], so that reading it is one stream too.
+// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16], low and high halves. x comes as
+// blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -36,8 +36,10 @@
 
 namespace {
 
-constexpr int PANEL = 32, UNIT = 8, ROWS = 12;  // 12 rows x 2 halves: 24 sums in 32 registers
-constexpr int BYTE_ROWS = 8;                    // of x in int8: 32 rows are four even blocks
+constexpr int PANEL = 32, UNIT = 8;
+// Rows of x that are multiplied at once: 12 rows x 2 halves make 24 sums in 32 registers; of bytes, 32 rows are four even
+// blocks.
+template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
@@ -338,8 +340,7 @@ struct Scratch {
 template <class W, class X>
 void panel(const Product& p, int64_t index, Scratch& s) {
   const X* x = (const X*)p.x;
-  constexpr int LARGEST = std::is_same_v<X, float> ? 4 : ROWS;
-  using Rows = std::make_integer_sequence<int, LARGEST>;
+  using Rows = std::make_integer_sequence<int, ROWS<X>>;
   const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
   const uint8_t* w = p.w + index * units * 2 * W::HALF;
   const int64_t at = index * count * PANEL;
@@ -534,7 +535,7 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
       for (int e = 0; e < 2; e++)
         write<uint16_t>(unit + (o * 2 + e) * 2, in[e] | in[2 + e] << 4 | in[4 + e] << 8 | in[6 + e] << 12);
   };
-  constexpr int64_t SOME = 64;        // units: much of a row at once, which the processor reads ahead; caches hold what they become
+  constexpr int64_t SOME = 64;        // units: enough of a row that the processor reads ahead, and what they become is cached
   at::parallel_for(0, N / PANEL, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * PANEL; first < end * PANEL; first += PANEL)
       for (int64_t at = 0; at < units; at += SOME)
@@ -550,10 +551,10 @@ struct Job {
 };
 
 template <class W, class X>
-void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t group, int64_t largest) {
+void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t group) {
   std::vector<Product> products;
   for (const Job& job : jobs) {
-    const int64_t M = job.x.size(0), blocks = (M + largest - 1) / largest, block = (M + blocks - 1) / blocks;   // even ones
+    const int64_t M = job.x.size(0), blocks = (M + ROWS<X> - 1) / ROWS<X>, block = (M + blocks - 1) / blocks;   // even ones
     Product p{M, N, K, block};
     p.w = (const uint8_t*)job.w.const_data_ptr(), p.y = job.y.data_ptr();
     if (job.scales) p.group = group ? group : K;                                     // 0: one group, the whole row
@@ -593,28 +594,28 @@ void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group)
   const int64_t K = jobs[0].w.nbytes() * 8 / (panels * PANEL * (bits == FP4 ? 4 : bits));
   for (Job& job : jobs)
     if (job.x.size(1) != K) job.x = at::constant_pad_nd(job.x, {0, K - job.x.size(1)});
-  const auto by_kind = [&](auto zero, int64_t largest) {
+  const auto by_kind = [&](auto zero) {
     using X = decltype(zero);
-    if (bits == 16) multiply_as<Bfloat16, X>(jobs, N, K, group, largest);
-    if (bits == 8) multiply_as<Int8, X>(jobs, N, K, group, largest);
-    if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group, largest);
-    if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group, largest);
+    if (bits == 16) multiply_as<Bfloat16, X>(jobs, N, K, group);
+    if (bits == 8) multiply_as<Int8, X>(jobs, N, K, group);
+    if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group);
+    if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group);
   };
 #ifdef BYTE_DOT
   if (jobs[0].x.scalar_type() == at::kBFloat16 && bits != 16 && rounded_activations && group % BLOCK == 0) {
     const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.x.size(0) <= DIRECT; });
     const std::vector<Job> few(jobs.begin(), many);
     jobs.erase(jobs.begin(), many);
-    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, N, K, group, BYTE_ROWS);
-    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, N, K, group, BYTE_ROWS);
-    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, N, K, group, BYTE_ROWS);
+    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, N, K, group);
+    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, N, K, group);
+    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, N, K, group);
     if (jobs.empty()) return;
   }
 #endif
 #ifdef BFLOAT16_DOT
-  if (jobs[0].x.scalar_type() == at::kBFloat16) return by_kind(at::BFloat16(), ROWS);
+  if (jobs[0].x.scalar_type() == at::kBFloat16) return by_kind(at::BFloat16());
 #endif
-  by_kind(float(), 4);
+  by_kind(float());
 }
 
 // x [..., K], w packed for `bits` 16, 8, 4 or FP4; scales and offsets [panels * groups * 32] or none -> [..., N] in x's dtype.

@@ -15,7 +15,6 @@ read of the id.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import torch  # noqa: E402
 import ranks  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import args_from  # noqa: E402
+from cli import not_negative, positive  # noqa: E402
 from experts import pack_model  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
 from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
@@ -175,12 +175,10 @@ def against(o, peer, ours: dict, times: dict) -> dict:
 def result(o, model: Transformer, device, times: dict, first_prefill: float, first_decode: float) -> dict:
     median = {name: statistics.median(values) for name, values in times.items() if values}
     read = bytes_per_token(model)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True)
     found = {
         "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size,
         "compile": o.compile, "compile_prefill": o.compile_prefill,
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": tables.commit(),
         "quant": describe(model), "bytes_per_token": read,
         "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
         "decode_tok_s": o.batch_size / median["decode"], "bandwidth_gbs": read / median["decode"] / 1e9,
@@ -206,12 +204,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", default="", choices=["", "int8", "int4"], help="of the weights; default: --dtype")
     p.add_argument("--groupsize", type=int, default=32, choices=GROUPSIZES, help="of int4")
     p.add_argument("--device", default="auto")
-    p.add_argument("--batch_size", type=int, default=1)
-    p.add_argument("--prompt_tokens", type=int, default=512)
-    p.add_argument("--new_tokens", type=int, default=20, help="decode steps per round")
-    p.add_argument("--filled", type=int, default=100, help="tokens in the cache when decode starts")
-    p.add_argument("--capacity", type=int, default=0, help="also time decode in a cache of this many slots")
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--batch_size", type=positive, default=1)
+    p.add_argument("--prompt_tokens", type=not_negative, default=512)
+    p.add_argument("--new_tokens", type=positive, default=20, help="decode steps per round")
+    p.add_argument("--filled", type=not_negative, default=100, help="tokens in the cache when decode starts")
+    p.add_argument("--capacity", type=not_negative, default=0, help="also time decode in a cache of this many slots")
+    p.add_argument("--rounds", type=positive, default=7)
     p.add_argument("--compile", action="store_true")
     p.add_argument("--compile_prefill", action="store_true")
     p.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="PEERS",

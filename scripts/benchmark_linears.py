@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
+from cli import positive  # noqa: E402
 from figures import probe_bandwidth  # noqa: E402
 from kernels.cpu import PackedLinear, available  # noqa: E402
 from quantize import Int4Linear, Int8Linear  # noqa: E402
@@ -49,9 +50,9 @@ def seconds(modules: list[nn.Module], inputs: dict[int, torch.Tensor]) -> float:
 @torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description="Time linear layers by precision and rows, alternating.")
-    p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128, 512])
-    p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--copies", type=int, default=3, help="of the block's weights, so that none is in a cache")
+    p.add_argument("--rows", type=positive, nargs="+", default=[1, 4, 16, 128, 512])
+    p.add_argument("--rounds", type=positive, default=9)
+    p.add_argument("--copies", type=positive, default=3, help="of the block's weights, so that none is in a cache")
     o = p.parse_args()
     found = layers(o.copies)
     print(f"{'rows':>5} {'probe':>10} " + " ".join(f"{name:>20}" for name in found))

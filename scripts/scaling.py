@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch  # noqa: E402
 
 from benchmark import decode_work, random_model, seconds  # noqa: E402
+from cli import positive  # noqa: E402
 from figures import bytes_per_token, probe_bandwidth  # noqa: E402
 from generate import EAGER, pick_device, run_prefill  # noqa: E402
 from tables import machine  # noqa: E402
@@ -167,9 +168,9 @@ def main() -> int:
     p.add_argument("--shape", default="llama-3.2-1b", help="of scripts/shapes")
     p.add_argument("--shapes", nargs="*", default=SHAPES, help="for the table of sizes")
     p.add_argument("--device", default="auto")
-    p.add_argument("--steps", type=int, default=16, help="steps a round")
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--longest", type=int, default=32768, help="longest context to measure")
+    p.add_argument("--steps", type=positive, default=16, help="steps a round")
+    p.add_argument("--rounds", type=positive, default=5)
+    p.add_argument("--longest", type=int, default=32768, choices=CONTEXTS, help="longest context to measure")
     o = p.parse_args()
     try:
         found = measure(o)

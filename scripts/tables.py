@@ -26,20 +26,23 @@ COMPARED = ("llama-3.2-1b", "stories15m")                                       
 def machine() -> str:
     """Processor or accelerator, versions, commit."""
     name = platform.processor() or platform.machine()
-    if torch.accelerator.is_available() and torch.cuda.is_available():
+    if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"Python {platform.python_version()}, commit {commit.stdout.strip()}")
+            f"Python {platform.python_version()}, commit {commit()}")
+
+
+def commit() -> str:
+    return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def measure(shape: str, flags: list[str], more: list[str]) -> dict:
     """One run of benchmark.py; ValueError with its last line where it fails."""
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--config", str(ROOT / f"scripts/shapes/{shape}.json")]
-    done = subprocess.run([*command, *flags, *more, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *flags, *more, "--json"], capture_output=True, text=True)
     if done.returncode:
         raise ValueError((done.stderr.strip() or "it was killed").splitlines()[-1].removeprefix("error: "))
     found = json.loads(done.stdout)

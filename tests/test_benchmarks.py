@@ -82,6 +82,15 @@ def test_a_mixture_is_timed(tmp_path):
     assert more["bytes_per_token"] - found["bytes_per_token"] == 2 * 3 * 64 * 96 * 2         # layers, matrices, sizes, bytes
 
 
+@pytest.mark.parametrize("command, word", [
+    ("benchmark.py --rounds 0", "--rounds"), ("benchmark.py --new_tokens 0", "--new_tokens"), ("benchmark.py --batch_size 0", "--batch_size"),
+    ("benchmark.py --prompt_tokens -5", "--prompt_tokens"), ("benchmark.py --filled -1", "--filled"), ("scaling.py --rounds 0", "--rounds"),
+    ("scaling.py --longest 100", "--longest"), ("scaling.py --steps 0", "--steps"), ("benchmark_linears.py --rows 0", "--rows")])
+def test_numbers_out_of_range(command, word):
+    done = run(*f"scripts/{command}".split(), code=2)
+    assert f"error: argument {word}: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_tables_of_a_page(tmp_path, monkeypatch):
     """Rows that a page lacks, and words around them that are lost; a page without marks, measured for nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

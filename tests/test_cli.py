@@ -237,3 +237,11 @@ def test_a_reader_that_goes_away_is_no_error(folder):
                "--max_new_tokens 50 | head -c 5")
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and b"Error" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("flags, hurries", [("", True), ("--chat --prompt Hello", True), ("--chat", False), ("--interactive", False)])
+def test_who_answers_one_prompt_is_in_a_hurry(flags, hurries, monkeypatch):
+    """Seconds of waiting for large pages before a text of one second; a long talk in slow ones."""
+    monkeypatch.setattr(cli.cpu, "HURRY", {})
+    monkeypatch.setattr(cli, "load_model", lambda *path, **options: bool(cli.cpu.HURRY))
+    assert cli.load(cli.parser().parse_args(flags.split()), {}) == hurries
