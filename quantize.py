@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, gpu
+from kernels import cpu, gpu, gpu_block
 
 GROUPSIZES = (32, 64, 128, 256)
 CHUNK = 1 << 20                         # weights rounded at a time: the float32 copies stay at some 20 MB
@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Module):
     mode: str                           # as recipes and files name it
     bits: int
     centre: int                         # of the stored values: 0 if signed, 8 for nibbles
-    path, skinny = "plain", False       # how it is multiplied; whether a kernel serves few rows on a GPU
+    path, skinny = "plain", False       # how it is multiplied; whether kernels of ours serve on a GPU
     skip = 0                            # inputs before a rank's first one, in its first group: zeros stand for them
 
     def __init__(self, in_features: int, out_features: int, groupsize: int = 0, *, bias=False, zeros=False,
@@ -167,7 +167,7 @@ class QuantizedLinear(nn.Module):
         elsewhere = self.path == "kernel" and x.device.type != "cpu"                 # a copy of a layer of the host's
         few = STOCK_ROWS[self.bits] // (4 if self.skinny else 1)
         if self.path == "plain" or elsewhere or self.path == "stock" and (rows > few or x.dtype != self.dtype):
-            return gpu.multiply_layer(self, x) if self.skinny and gpu.few(x) else self.plain_multiply(x)
+            return gpu.multiply_layer(self, x) if self.skinny and x.dtype == torch.bfloat16 else self.plain_multiply(x)
         if self.perm is not None:
             x = x[..., self.perm]
         if self.path == "kernel":
@@ -349,7 +349,7 @@ def pack_part(model: nn.Module, part: nn.Module):
         if isinstance(module, QuantizedLinear):
             module.pack()
     cpu.pack_part(model, part)
-    gpu.pack_part(model, part)
+    gpu_block.pack_part(model, part)
 
 
 def describe(model: nn.Module) -> str | None:

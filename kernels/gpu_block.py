@@ -1,0 +1,99 @@
+"""A Transformer's block in six launches on a GPU, for steps of few tokens; and what puts a model on the GPU's kernels.
+
+What it is: `FusedBlock`, the same layers in another grouping: (norm, q k v) (rotation, cache write) (attention)
+(output, residual) (norm, gate and up, activation) (down, residual). At batch 1 a GPU reads a layer of 8B in tens of
+microseconds and spends two on every launch, so that their number counts. What it is not: another model. TransformerBlock
+is what it means and what runs for prompts, without a cache, and where something does not fit: a block among ranks,
+inputs in another order (act-order), heads of unusual widths, norms over all heads. Mixtures share the first half.
+graphs.py, which replays several such steps in one go, is what to read next.
+"""
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import ranks
+from kernels import gpu
+from kernels.gpu_attention import WIDTHS, attend, attends
+from model import ACTIVATIONS, FeedForward, RMSNorm, TransformerBlock
+
+if gpu.triton is not None:
+    from kernels.gpu_attention import rotate_and_keep
+
+
+class FusedBlock(TransformerBlock):
+    def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
+                mask: Tensor) -> Tensor:
+        a, f = self.attention, self.feed_forward
+        if not gpu.few(x) or a.cache.k is None or a.cache.k.dtype != x.dtype:
+            return super().forward(x, where, rotation, mask)
+        B, T, D = x.shape
+        rows = x.reshape(B * T, D)
+        qkv = product(a.wqkv, rows, self.attention_norm).view(B, T, -1)              # [B, T, (H + 2K) E]
+        gains, style, eps = (None, None), "", 0.0
+        if a.qk_norm:
+            gains, style, eps = (a.q_norm.weight, a.k_norm.weight), a.q_norm.style, a.q_norm.eps
+        q = rotate_and_keep(qkv, *(rotation or (None, None)), where[2][:, 0], a.cache.k, a.cache.v, *gains, style, eps)
+        k, v = (kept[:B, :, :mask.shape[-1]] for kept in (a.cache.k, a.cache.v))     # [B, K, S, E]
+        y = attend(q, k, v, mask, a.scale, a.softcap, a.sinks)                       # [B, H, T, E]
+        rows = self.add(rows, a.wo, y.transpose(1, 2).reshape(B * T, -1), self.post_attention_norm)
+        if type(f) is not FeedForward:
+            x = rows.view(B, T, D)
+            return torch.add(x, self.post_ffn_norm(f(self.ffn_norm(x))), alpha=self.residual_scale)
+        h = product(f.w13, rows, self.ffn_norm, activation(f))                       # [B*T, F]
+        return self.add(rows, f.w2, h, self.post_ffn_norm).view(B, T, D)
+
+    def add(self, rows: Tensor, layer: nn.Module, x: Tensor, norm: nn.Module) -> Tensor:
+        """Half of the block ends: rows + residual_scale * norm(layer(x))."""
+        if isinstance(norm, RMSNorm):
+            return torch.add(rows, norm(product(layer, x)), alpha=self.residual_scale)
+        return product(layer, x, residual=rows, alpha=self.residual_scale)
+
+
+def product(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, activation: str = "",
+            residual: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """residual + alpha * activation(layer(norm(x))) of rows x [M, K]; each part where it is given."""
+    is_norm = isinstance(norm, RMSNorm)
+    gain, style, eps = (norm.weight, norm.style, norm.eps) if is_norm else (None, "", 0.0)
+    bits, group, scales, zeros = (16, 0, None, None) if type(layer) is nn.Linear else \
+        (layer.bits, layer.groupsize, layer.scales, layer.zeros)
+    return gpu.linear(x, layer.weight, bits, group, scales, zeros, layer.bias, gain, style, eps, activation, residual, alpha)
+
+
+def activation(f: FeedForward) -> str:
+    return next(name for name, function in ACTIVATIONS.items() if function is f.activation)
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+def pack_part(model: nn.Module, part: nn.Module):
+    """As cpu.pack_part: a block of the model, or the rest of it, on the kernels, where they work."""
+    weight = model.norm.weight
+    for module in part.modules():
+        if hasattr(module, "attend") and attends(weight.device, weight.dtype):
+            module.attend = attend
+    if type(part) is TransformerBlock and fits(part):
+        part.__class__ = FusedBlock     # the same weights, another way through them
+        for layer in layers_of(part):
+            if type(layer) is not nn.Linear:            # PyTorch's operator is not called any more
+                layer.packed, layer.packed_scales, layer.path = None, None, "plain"
+
+
+def fits(block: TransformerBlock) -> bool:
+    """Whether all that the block holds is what the kernels know."""
+    a, layers = block.attention, layers_of(block)
+    return ranks.size() == 1 and a.head_dim in WIDTHS and a.qk_norm in ("", "head") and all(map(multiplies, layers)) \
+        and attends(layers[0].weight.device, torch.bfloat16)
+
+
+def multiplies(layer: nn.Module) -> bool:
+    """Whether the kernel takes a layer's product: bfloat16 weights or such as `gpu.works` knows."""
+    if type(layer) is nn.Linear:
+        weight = layer.weight
+        return gpu.there(weight.device) and weight.dtype == torch.bfloat16 and gpu.tile_of(layer.in_features) >= 32
+    return getattr(layer, "skinny", False) and layer.perm is None and not layer.skip
+
+
+def layers_of(block: TransformerBlock) -> list[nn.Module]:
+    """Those that a fused block multiplies itself."""
+    a, f = block.attention, block.feed_forward
+    return [a.wqkv, a.wo] + ([f.w13, f.w2] if type(f) is FeedForward else [])
