@@ -276,6 +276,22 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     return common_dtype(open_source(resolve(path)))
 
 
+def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> torch.dtype:
+    """auto: bfloat16, which halves what decode reads, where the device has it, else float16. On a CPU a
+    checkpoint stored in float32 that fits the cache (32 MB) stays as it is: halving it would gain nothing
+    and round."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        small = sum(file.stat().st_size for file in files) <= 32 << 20
+        return torch.float32 if small and stored_dtype(path) == torch.float32 else torch.bfloat16
+    lacks_bfloat16 = device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    return torch.float16 if lacks_bfloat16 else torch.bfloat16
+
+
 def read_generation_config(path: str | Path) -> dict:
     """The contents of generation_config.json, or what our own file kept of it; {} where there is none."""
     return open_source(resolve(path)).generation_config

@@ -188,6 +188,14 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
     return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
 
 
+def steps_for(o: argparse.Namespace, speculation) -> Steps:
+    """What the flags ask for. Speculation chooses step by step: it has no use for blocks."""
+    if not (o.compile or o.compile_prefill):
+        return EAGER
+    steps = compile_steps(o.compile, o.compile_prefill)
+    return steps._replace(blocks=None) if speculation else steps
+
+
 def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer: Tokenizer,
             speculation) -> float:
     """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots
@@ -216,7 +224,7 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if new is None:                     # a default bends to what fits, a wish does not
         longest = max(len(p if isinstance(p, list) else tokenizer.encode(p)) for p in prompts)
         new = max(min(256, model.limit - longest), 1)
-    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    steps = steps_for(o, speculation)
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
     length = max(len(row.prompt) for row in rows) + new
     report["compile_s"] = warm_up(model, steps, len(rows), length, tokenizer, speculation)
@@ -342,7 +350,7 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
     """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that
     differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
     the conversation."""
-    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    steps = steps_for(o, speculation)
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
     report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD, tokenizer, speculation)
     say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or the input's end "

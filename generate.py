@@ -10,12 +10,15 @@ What it is not: a server or a scheduler; one batch runs at a time. Flags, chat a
 Read model.py first; sampling.py, quantize.py and tp.py after.
 """
 import itertools
+import os
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 import ranks
 import tp
-from checkpoint import (end_ids, free_memory, load_checkpoint, read_generation_config, resolve, stored_dtype,
+from checkpoint import (end_ids, free_memory, load_checkpoint, pick_dtype, read_generation_config, resolve,
                         weight_bytes)
 from experts import pack_part
 from kernels.cpu import NarrowRows, available
@@ -34,7 +37,7 @@ from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
-CHUNK = 512        # prompt tokens per prefill call: memory grows with CHUNK * S, not with the prompt's square
+CHUNK = 512        # prompt tokens per prefill call, 4 x on a GPU: memory grows with CHUNK * S, not with the prompt's square
 PAD = 16                # compiled prefill sees lengths rounded up to this
 BUCKET = 256        # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
 
@@ -59,6 +62,7 @@ class Steps(NamedTuple):
     prefill: Callable = prefill
     decode: Callable = decode
     pad: int = 1                        # prefill lengths are rounded up to a multiple of it
+    blocks: Callable | None = None      # decode_n_tokens by the block, on a GPU: graphs.py
 
 
 EAGER = Steps()
@@ -70,18 +74,20 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling
     settings: the length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a
     constant), and sampling stays outside. Another batch size or a larger cache is another graph. On CUDA
-    it is replayed as a CUDA graph. prefill: on request; it is bound by arithmetic, and compiling takes
+    several steps are replayed as one CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is bound by arithmetic, and compiling takes
     longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
     # every batch and cache size is a graph of its own, and past the limit a step would fail
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    blocks = compile_decode and torch.cuda.is_available() and ranks.size() == 1 and os.environ.get("GPU_BLOCKS") != "0"
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
-                 compile_step(decode) if compile_decode else decode, PAD if compile_prefill else 1)
+                 compile_step(decode) if compile_decode else decode, PAD if compile_prefill else 1,
+                 partial(import_module("graphs").decode_blocks, compile_step(decode, graphs=False)) if blocks else None)
 
 
-def compile_step(step: Callable) -> Callable:
+def compile_step(step: Callable, graphs: bool = True) -> Callable:
     """A step of few tokens, in which calling the loops may cost as much as running them. On CUDA a graph replays
-    them. Elsewhere C++ calls them, which saves a fifth of a small model's time and a twentieth of a large one's.
+    them, unless the caller records one. Elsewhere C++ calls them, which saves a fifth of a small model's time and a twentieth of a large one's.
     (It cannot call collectives.)"""
     def numbered(number: str, model: Transformer, *rest: Tensor) -> Tensor:
         assert number                   # looked at, and so a condition of the graph
@@ -90,7 +96,7 @@ def compile_step(step: Callable) -> Callable:
 
     def run(model: Transformer, *rest: Tensor) -> Tensor:
         return compiled(NUMBERS.setdefault(model, str(next(COUNT))), model, *rest)
-    kind = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
+    kind = {"triton.cudagraphs": graphs, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
         {"cpp_wrapper": ranks.size() == 1 and not torch.accelerator.is_available(),
          "cpp.vec_isa_ok": True if available() else None}             # our kernels were built for this processor
     options = {"size_asserts": False, "guard_filter_fn": conditions} | kind
@@ -167,13 +173,13 @@ def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], star
     """
     device = model.norm.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = max(map(len, prompts))
+    longest, chunk = max(map(len, prompts)), CHUNK if device.type == "cpu" else 4 * CHUNK
     result = None
-    for begin in range(start, longest, CHUNK):
-        end = min(begin + CHUNK, longest)
+    for begin in range(start, longest, chunk):
+        end = min(begin + chunk, longest)
         width = -(-(end - begin) // steps.pad) * steps.pad
-        chunk = [p[begin:end] + [0] * (width - len(p[begin:end])) for p in prompts]
-        tokens = torch.tensor(chunk, device=device)                                  # [B, T]
+        padded = [p[begin:end] + [0] * (width - len(p[begin:end])) for p in prompts]
+        tokens = torch.tensor(padded, device=device)                                  # [B, T]
         input_pos = torch.arange(begin, begin + width, device=device).expand(tokens.shape)
         if width > 1 and steps.pad > 1:
             tokens, input_pos = symbolic(tokens, 1), symbolic(input_pos.contiguous(), 1)
@@ -185,13 +191,16 @@ def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], star
 
 
 def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor, filled: int, n: int,
-                    sampler: Sampler) -> Iterator[Tensor]:
+                    sampler: Sampler, ends: set[int] = frozenset()) -> Iterator[Tensor]:
     """Feed tokens [B] that stand at input_pos [B] and yield the next ones, n times; nothing here waits for
     the device.
 
     filled: slots that hold tokens after the first step, for the bucket. Lazy: a step runs when its ids are
-    asked for.
+    asked for. On a GPU compiled steps come as blocks, ids [B, n] on the host, -1 behind one of `ends`.
     """
+    if steps.blocks:
+        yield from steps.blocks(model, steps, tokens, input_pos, filled, n, sampler, ends)
+        return
     key_pos = attended(model, filled)
     for i in range(n):
         if filled + i > key_pos.shape[0]:
@@ -263,7 +272,7 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     """Run rows to their ends as one batch and yield (row, piece of text). `cached`: leading positions to
     reuse. `speculation`: a speculate.Speculation, which then decodes, several tokens a step.
 
-    The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device never
+    The host asks for ids once a step on a CPU and once in 8 steps elsewhere, so that the device hardly
     waits for it; what was computed past the last row's end is thrown away.
     """
     figures = Figures() if figures is None else figures
@@ -288,8 +297,9 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     if speculation:
         decoder, interval = speculation.decode(model, steps, tokens, positions, sampler), 1
     else:
-        decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler)
-        interval = 1 if device.type == "cpu" else 8
+        ends = set.intersection(*(set(row.ends) for row in rows))
+        decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler, ends)
+        interval = 1 if device.type == "cpu" or steps.blocks else 8
     block = [tokens]
     while block:
         by_row = torch.cat([ids.view(len(rows), -1) for ids in block], 1).tolist()  # the one wait for the device
@@ -396,22 +406,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device '{name}' is not available here; try --device cpu") from None
     return device
-
-
-def pick_dtype(name: str | torch.dtype, device: torch.device, path: Path) -> torch.dtype:
-    """auto: bfloat16, which halves what decode reads, where the device has it, else float16. On a CPU a
-    checkpoint stored in float32 that fits the cache (32 MB) stays as it is: halving it would gain nothing
-    and round."""
-    if isinstance(name, torch.dtype):
-        return name
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        files = [path] if path.is_file() else path.glob("*.safetensors")
-        small = sum(file.stat().st_size for file in files) <= 32 << 20
-        return torch.float32 if small and stored_dtype(path) == torch.float32 else torch.bfloat16
-    lacks_bfloat16 = device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported()
-    return torch.float16 if lacks_bfloat16 else torch.bfloat16
 
 
 if __name__ == "__main__":      # cli.py stands above this file: importing it is what an entry script does

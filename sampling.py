@@ -6,6 +6,7 @@ which is what to read next. speculate.py draws from the same `choices`.
 """
 import math
 import os
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,21 @@ class Sampler:
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
                 self.seen[row, torch.tensor(prompt, device=device)] = True
+
+    def copy(self) -> "Sampler":
+        """One that will draw the same, on its own."""
+        twin = copy(self)
+        twin.generators = [torch.Generator(g.device) for g in self.generators]
+        twin.seen = None if self.seen is None else self.seen.clone()
+        return twin.load(self)
+
+    def load(self, other: "Sampler") -> "Sampler":
+        """Go on as another one of the same settings would; tensors and generators stay where they are."""
+        for mine, its in zip(self.generators, other.generators):
+            mine.set_state(its.get_state())
+        if self.seen is not None:
+            self.seen.copy_(other.seen)
+        return self
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, V] -> ids [B], without a host sync: argmax of p / Exp(1) draws from p (the Gumbel-max

@@ -21,10 +21,10 @@ from torch import Tensor
 import experts
 import quantize
 import ranks
-from checkpoint import (CheckpointError, free_memory, open_source, prepare, read_tensors, resolve, weight_bytes,
-                        write_safetensors)
+from checkpoint import (CheckpointError, free_memory, open_source, pick_dtype, prepare, read_tensors, resolve,
+                        weight_bytes, write_safetensors)
 from experts import Opaque, Records, Stacked, combine
-from generate import load_model, pick_device, pick_dtype
+from generate import load_model, pick_device
 from kernels import cpu
 from model import FeedForward, MoEFeedForward, Transformer
 from quantize import QuantizedLinear

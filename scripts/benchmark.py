@@ -14,6 +14,7 @@ read of the id.
 """
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -31,7 +32,8 @@ from checkpoint import args_from  # noqa: E402
 from cli import not_negative, positive  # noqa: E402
 from experts import pack_model  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
-from generate import (EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill)  # noqa: E402
+from generate import EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill  # noqa: E402
+from graphs import BLOCK  # noqa: E402
 from model import Transformer  # noqa: E402
 from quantize import GROUPSIZES, KINDS, describe  # noqa: E402
 from peers import make_peers  # noqa: E402
@@ -63,17 +65,17 @@ def random_model(config_path: str, device: torch.device, dtype: torch.dtype, mod
         model = Transformer(args)
     if ranks.size() > 1:
         tp.cut(model)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.uniform_(-0.03, 0.03)
-    for name, module in list(model.named_modules()) if mode else []:
-        if type(module) is torch.nn.Linear or module is model.tok_embeddings and model.output is None:
+    for name, module in list(model.named_modules()):            # one by one: only what is kept has to fit the device
+        for leaf, shape in [(leaf, p.shape) for leaf, p in module._parameters.items() if p is not None]:
+            values = torch.empty(shape, dtype=dtype, device=device).uniform_(-0.03, 0.03)
+            setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+        if mode and (type(module) is torch.nn.Linear or module is model.tok_embeddings and model.output is None):
             parent, _, leaf = name.rpartition(".")
             layer = KINDS[mode].quantize(module.weight, groupsize if mode == "int4" else 0)
             layer.dtype, module.weight = dtype, None
             setattr(model.get_submodule(parent), leaf, layer)
-    pack(model)
+    pack(model.eval().to(device))
     if ranks.size() > 1:
         tp.connect(model)
     return model
@@ -83,6 +85,12 @@ def seconds(work) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def whole_blocks(o, steps):
+    """Steps that are replayed as blocks run to a block's end: count all of them."""
+    if steps.blocks:
+        o.new_tokens = -(-o.new_tokens // BLOCK) * BLOCK
 
 
 def decode_work(model: Transformer, steps, rows: int, filled: int, n: int, capacity: int):
@@ -116,6 +124,7 @@ def measure(o: argparse.Namespace) -> dict:
     device = pick_device(o.device)
     model = random_model(o.config, device, getattr(torch, o.dtype), o.mode, o.groupsize)
     steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    whole_blocks(o, steps)
     prompt = torch.randint(model.args.vocab_size, (o.prompt_tokens,)).tolist()
     rows = [prompt] * o.batch_size
 
@@ -177,7 +186,7 @@ def result(o, model: Transformer, device, times: dict, first_prefill: float, fir
     read = bytes_per_token(model)
     found = {
         "config": o.config, "dtype": o.dtype, "device": str(device), "batch_size": o.batch_size,
-        "compile": o.compile, "compile_prefill": o.compile_prefill,
+        "stock": o.stock, "compile": o.compile, "compile_prefill": o.compile_prefill,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": tables.commit(),
         "quant": describe(model), "bytes_per_token": read,
         "bandwidth_probe_gbs": median["probe"] / 1e9, "decode_ms": median["decode"] * 1e3,
@@ -212,6 +221,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=positive, default=7)
     p.add_argument("--compile", action="store_true")
     p.add_argument("--compile_prefill", action="store_true")
+    p.add_argument("--stock", action="store_true",
+                   help="without kernels of our own and, on a GPU, with a graph for each step: the baseline")
     p.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="PEERS",
                    help="llama.cpp,transformers: time them in the same rounds, where installed (see peers.py)")
     p.add_argument("--profile", metavar="FILE", help="also write a trace of a round of decode steps")
@@ -245,6 +256,8 @@ def report(o, found: dict):
 def main():
     ranks.hush()
     o = parser().parse_args()
+    if o.stock:
+        os.environ |= {"CPU_KERNELS": "0", "GPU_KERNELS": "0", "GPU_BLOCKS": "0"}
     try:
         if o.tables:
             return tables.write(o.tables, o.against, ["--device", o.device, "--rounds", str(o.rounds)])

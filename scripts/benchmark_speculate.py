@@ -73,7 +73,7 @@ def time_verify(o, model, steps, speculative) -> dict:
 
     def one(k: int):
         if k == 0:
-            next(decode_n_tokens(model, steps, token, position, o.filled + 1, 1, greedy)).tolist()
+            next(decode_n_tokens(model, steps._replace(blocks=None), token, position, o.filled + 1, 1, greedy)).tolist()
         else:
             block = torch.ones(1, k + 1, dtype=torch.long, device=device)
             at = position[:, None] + torch.arange(k + 1, device=device)

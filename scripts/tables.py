@@ -1,7 +1,7 @@
 """The tables of speed in a page, all rows measured anew: what `benchmark.py --tables README.md` does.
 
-What it is: a list of rows, a `benchmark.py --json` for each in a process of its own, and Markdown between the marks
-`<!-- speed -->` and `<!-- /speed -->` of the page. What it is not: a benchmark; that is benchmark.py.
+What it is: two lists of rows, for a CPU and for a GPU, a `benchmark.py --json` for each row in a process of its own, and
+Markdown between the marks `<!-- speed -->` and `<!-- /speed -->` of the page, or `<!-- gpu speed -->` and its end. What it is not: a benchmark; that is benchmark.py.
 """
 import json
 import platform
@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->"
 INT8, INT4 = ["--mode", "int8"], ["--mode", "int4"]
 ROWS = [                                # a shape of scripts/shapes, and flags
     *(("llama-3.2-1b", ["--compile", *mode]) for mode in (
@@ -20,6 +19,11 @@ ROWS = [                                # a shape of scripts/shapes, and flags
     *(("llama-3.2-1b", mode) for mode in ([], INT8, INT4)),
     *(("stories15m", ["--compile", "--new_tokens", "200", *mode]) for mode in ([], INT8)),
     *(("olmoe-half", ["--compile", *mode]) for mode in ([], INT8, INT4))]
+GPU_ROWS = [(shape, ["--compile", "--prompt_tokens", "2048", "--new_tokens", "200", *mode, *more]) for shape, mode, more in (
+    *(("llama-3.1-8b", mode, more) for mode in ([], INT8, [*INT4, "--groupsize", "128"])
+      for more in ([], ["--stock"], ["--batch_size", "16"], ["--batch_size", "32"])),
+    *(("llama-2-7b", mode, more) for mode in ([], INT8, INT4) for more in ([], ["--stock"])),
+    *(("llama-3.1-70b", mode, []) for mode in (INT8, [*INT4, "--groupsize", "128"])))]
 COMPARED = ("llama-3.2-1b", "stories15m")                                            # with others, where compiled
 
 
@@ -52,12 +56,19 @@ def measure(shape: str, flags: list[str], more: list[str]) -> dict:
 
 
 def speed_table(rows: list[tuple[str, dict]]) -> list[str]:
-    lines = ["| shape | weights | steps | MB a token | decode | share of the probe | prefill of 512 | first token |",
-             "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines = ["| shape | weights | steps | MB a token | decode | share of the probe | "
+             f"prefill of {rows[0][1]['prefill_tokens']:,} | first token |", "|---|---|---|---:|---:|---:|---:|---:|"]
     return lines + [
-        f"| {shape} | {f['quant'] or f['dtype']} | {'compiled' if f['compile'] else 'eager'} | {f['bytes_per_token'] / 1e6:,.0f} | "
+        f"| {shape} | {f['quant'] or f['dtype']} | {steps(f)} | {f['bytes_per_token'] / 1e6:,.0f} | "
         f"{f['decode_tok_s']:,.1f} tok/s | {f['share_of_bandwidth']:.0%} of {f['bandwidth_probe_gbs']:.1f} GB/s | "
         f"{f['prefill_tok_s']:,.0f} tok/s | {f['ttft_s']:.2f} s |" for shape, f in rows]
+
+
+def steps(f: dict) -> str:
+    """compiled, stock, of 16 rows"""
+    words = ["compiled" if f["compile"] else "eager", "stock" if f["stock"] else "",
+             f"of {f['batch_size']} rows" if f["batch_size"] > 1 else ""]
+    return ", ".join(word for word in words if word)
 
 
 def peer_table(rows: list[tuple[str, dict]]) -> list[str]:
@@ -69,15 +80,17 @@ def peer_table(rows: list[tuple[str, dict]]) -> list[str]:
     return lines + compared if compared else []
 
 
-def write(page: Path, against: list[str], more: list[str], rows: list = ROWS):
+def write(page: Path, against: list[str], more: list[str], rows: list | None = None):
     """Measure all rows and replace what stands between the page's marks. more: flags for every row."""
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"'{page}' has no lines {BEGIN.strip()} and {END}, between which the tables go")
+    on_gpu, text = torch.cuda.is_available(), page.read_text()
+    kind, rows = "gpu speed" if on_gpu else "speed", rows or (GPU_ROWS if on_gpu else ROWS)
+    begin, end = f"<!-- {kind} -->\n", f"<!-- /{kind} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"'{page}' has no lines {begin.strip()} and {end}, between which the tables go")
     found = []
     for shape, flags in rows:
         compared = against and shape in COMPARED and "--compile" in flags and "--groupsize" not in flags
         found.append((shape, measure(shape, flags, [*more, "--against", ",".join(against)] if compared else more)))
     lines = [f"{machine()}:", "", *speed_table(found), *peer_table(found)]
-    before, rest = page.read_text().split(BEGIN)                # it may have been edited meanwhile
-    page.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    before, rest = page.read_text().split(begin)                # it may have been edited meanwhile
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])

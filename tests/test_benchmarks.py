@@ -107,7 +107,7 @@ def test_the_tables_of_a_page(tmp_path, monkeypatch):
     rows = [line.split("|") for line in lines if line.startswith("| stories15m")]
     assert [row[2].strip() for row in rows] == ["bfloat16", "int8"] and all(len(row) == 10 for row in rows)
     assert all(float(row[5].split()[0].replace(",", "")) > 0 for row in rows)
-    for shape_, flags in tables.ROWS:
+    for shape_, flags in [*tables.ROWS, *tables.GPU_ROWS]:
         assert (ROOT / f"scripts/shapes/{shape_}.json").exists()
         benchmark.parser().parse_args(flags)
     page.write_text("no marks\n")

@@ -1,0 +1,148 @@
+"""Eight decode steps as one CUDA graph: sampling inside, a stop flag on the device, and a host that reads one block late.
+
+What it is: `decode_blocks`, which takes the place of generate.py's loop on a GPU. A step of a small or a quantized model
+takes two milliseconds there, of which the launches, and the host's turn between two steps, are a good part; a graph repeats
+thousands of launches for the price of one, and while the host turns one block into text the next one runs. What it is
+not: compilation; what is recorded is the compiled step of generate.py. Speculation, whose steps are of different widths,
+leaves graphs to the compiler. kernels/gpu_block.py, what such a step launches, is what to read next.
+
+A replay repeats launches and nothing else. So all that changes between two blocks lies in tensors that stay where they
+are, and in the generators: `State`. No GPU has run it yet; the tests replay what PyTorch's tracer wrote down on a CPU.
+"""
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from experts import GATHER, Gathered, layers
+from generate import Steps, bucket, decode_n_tokens, symbolic
+from model import Transformer
+from quantize import notice
+from sampling import Sampler
+
+BLOCK = 8                               # steps of a graph
+KEPT = 8                                # recordings of a model: for settings and lengths that take turns
+RECORDINGS: weakref.WeakKeyDictionary[Transformer, dict] = weakref.WeakKeyDictionary()
+
+
+def decode_blocks(step: Callable, model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor, filled: int, n: int,
+                  sampler: Sampler, ends: set[int] = frozenset()) -> Iterator[Tensor]:
+    """generate.decode_n_tokens by the block: yields ids [B, BLOCK] that are on the host already, -1 behind a row's end,
+    n columns or a few more. step: the compiled `decode`, without a graph of its own."""
+    if not replayable(model, len(tokens)):
+        yield from decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
+        return
+    state, late = State(tokens, input_pos, sampler), None
+    for done in range(0, n, BLOCK):
+        try:
+            block = recording(step, model, state, filled + done + BLOCK - 1, ends)
+        except RuntimeError as error:   # what a driver, or an operator that asks the device, may raise
+            if done:
+                raise
+            notice(f"steps are not replayed as one CUDA graph: {str(error).splitlines()[0]}")
+            yield from decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
+            return
+        if block.state is not state:
+            block.state.load(state)
+            state = block.state
+        block.replay()
+        ids = to_host(block.ids)
+        if late is not None:
+            yield late()                # the host's turn, while the device runs what was just sent
+        late = ids
+    if late is not None:
+        yield late()
+
+
+def replayable(model: Transformer, rows: int) -> bool:
+    """Whether a step asks the host nothing: a mixture must find its experts on the device."""
+    return all(isinstance(layer.run, Gathered) and None not in (layer.run.up, layer.run.down) and rows <= GATHER
+               for layer in layers(model))
+
+
+class State:
+    """What changes from step to step: tokens and positions [B], who has ended [B], and the sampler."""
+
+    def __init__(self, tokens: Tensor, positions: Tensor, sampler: Sampler):
+        self.tokens, self.positions, self.sampler = tokens.clone(), positions.clone(), sampler.copy()
+        self.ended = torch.zeros_like(tokens, dtype=torch.bool)
+
+    def load(self, other: "State"):
+        """Its values, in tensors that stay where they are."""
+        for name in ("tokens", "positions", "ended"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.sampler.load(other.sampler)
+
+
+class Recording:
+    """A block of steps for as many rows as `state` has, with its settings, that look at `slots` slots."""
+
+    def __init__(self, step: Callable, model: Transformer, state: State, slots: int, ends: set[int]):
+        device = state.tokens.device
+        self.state = State(state.tokens, state.positions, state.sampler)
+        self.key_pos = symbolic(torch.arange(slots, device=device), 0)
+        self.ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        self.ids = torch.zeros(len(state.tokens), BLOCK, dtype=torch.long, device=device)
+        self.replay = record(lambda: self.run(step, model), self.state.sampler.generators)
+
+    def run(self, step: Callable, model: Transformer):
+        s = self.state
+        for i in range(BLOCK):
+            logits = step(model, s.tokens[:, None], s.positions[:, None], self.key_pos)
+            s.tokens.copy_(s.sampler(logits))
+            self.ids[:, i] = torch.where(s.ended, -1, s.tokens)
+            s.ended |= (s.tokens[:, None] == self.ends).any(1)
+            s.positions += 1
+
+
+def recording(step: Callable, model: Transformer, state: State, filled: int, ends: set[int]) -> Recording:
+    """The recording for such a state, made where there is none. Those of a cache that was outgrown are dropped, and the
+    longest unused one where there are many."""
+    kept = RECORDINGS.setdefault(model, {})
+    slots, settings = min(bucket(filled), model.cache_slots), replace(state.sampler.settings, seed=0)
+    at = model.layers[0].attention.cache.k.data_ptr()
+    key = (at, step, len(state.tokens), slots, repr(settings), frozenset(ends))
+    found = kept.pop(key, None) or Recording(step, model, state, slots, ends)
+    for old in [k for k in kept if k[0] != at] + list(kept)[:max(0, len(kept) - KEPT + 1)]:
+        kept.pop(old, None)
+    kept[key] = found
+    return found
+
+
+def record(run: Callable, generators: list[torch.Generator]) -> Callable:
+    """What repeats the launches of run(). It runs once for real, since to compile and to tune cannot be recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, pool=pool()):
+        run()
+    return graph.replay
+
+
+@cache
+def pool():
+    """Memory that all recordings share: they run one after another, and leave nothing there that is read later."""
+    return torch.cuda.graph_pool_handle()
+
+
+def to_host(ids: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy; what is returned waits for the copy, and for nothing that was launched after it."""
+    if ids.device.type == "cpu":
+        copied = ids.clone()
+        return lambda: copied
+    copied, arrived = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+    copied.copy_(ids, non_blocking=True)
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copied
+    return wait

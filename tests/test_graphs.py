@@ -1,0 +1,128 @@
+"""graphs.py without a GPU: what a replay would repeat is what PyTorch's tracer writes down, tensor operations and nothing else."""
+import gc
+from functools import partial
+
+import generate as g
+import graphs
+import pytest
+import torch
+from model import ModelArgs, Transformer
+from sampling import Sampler, Sampling
+from torch.fx.experimental.proxy_tensor import make_fx
+
+PLAIN, BLOCKS = g.Steps(), g.Steps(blocks=partial(graphs.decode_blocks, g.decode))
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return g.load_model(dtype="float32")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The recordings that were made; each is run once before, as on a GPU."""
+    found = []
+
+    def record(run, generators):
+        run()
+        found.append(make_fx(lambda: run())())
+        return found[-1]
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
+    return found
+
+
+def both(bundled, prompts, n, **settings):
+    plain, blocks = (g.generate(*bundled, prompts, max_new_tokens=n, steps=steps, **settings) for steps in (PLAIN, BLOCKS))
+    assert [row.ids for row in plain] == [row.ids for row in blocks]
+    assert [(row.text, row.finish_reason) for row in plain] == [(row.text, row.finish_reason) for row in blocks]
+    return blocks
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0.0), dict(temperature=0.9, top_k=50, seed=3), dict(temperature=1.0, top_k=0, top_p=0.9, min_p=0.01, seed=4),
+    dict(temperature=0.8, repetition_penalty=1.3, seed=5), dict(temperature=0.0, repetition_penalty=1.3)])
+def test_blocks_say_what_single_steps_say(bundled, made, settings):
+    """Rows of unlike lengths, ends in the middle of a block, every kind of draw."""
+    rows = both(bundled, ["Once upon a time", "The dog"], 200, **settings)
+    assert made and all(row.ids for row in rows)
+    both(bundled, ["Tom"], 9, **settings)
+
+
+def test_a_row_that_ended_says_no_more(bundled, made):
+    """Its ids are -1 on the device already: the stop flag."""
+    model, tokenizer = bundled
+    rows = g.rows_for(model, tokenizer, ["Once upon a time", "The dog"], 200)
+    settings = Sampling(temperature=0.9, top_k=50, seed=3)
+    sampler = Sampler(settings, [row.prompt for row in rows], model.args.vocab_size, torch.device("cpu"))
+    with torch.no_grad():
+        g.make_room(model, 2, 250)
+        tokens = sampler(g.run_prefill(model, PLAIN, [row.prompt for row in rows]))
+        at = torch.tensor([len(row.prompt) for row in rows])
+        ids = torch.cat(list(g.decode_n_tokens(model, BLOCKS, tokens, at, int(at.max()) + 1, 190, sampler, rows[0].ends)), 1)
+    assert ids.shape == (2, 192)
+    for row in ids.tolist():
+        end = min(row.index(i) for i in rows[0].ends if i in row)
+        assert set(row[end + 1:]) == {-1} and -1 not in row[:end]
+
+
+def test_what_is_recorded_is_used_again(bundled, made, monkeypatch):
+    """Another prompt, another seed; not for another number of rows, other settings, more slots or a larger cache."""
+    model, tokenizer = bundled
+    model.drop_caches()
+    monkeypatch.setattr(graphs, "record", lambda run, generators: made.append(run) or run)
+    for prompt, seed in (("Once upon a time", 1), ("The dog was", 2)):
+        both(bundled, [prompt], 20, temperature=0.7, seed=seed)
+    assert len(made) == 1
+    both(bundled, ["Tom", "Lily"], 20, temperature=0.7, seed=3)
+    assert len(made) == 2                       # and the cache grew by a row: the first is of no use any more
+    assert len(graphs.RECORDINGS[model]) == 1
+    both(bundled, ["Tom"], 20, temperature=0.6, seed=3)
+    assert len(made) == 3
+    both(bundled, ["Tom"], 300, temperature=0.6, seed=3, ignore_eos=True)
+    assert len(graphs.RECORDINGS[model]) == 2 and len(made) == 5
+    for k in range(10, 10 + graphs.KEPT):
+        both(bundled, ["Tom"], 3, temperature=0.6, seed=3, top_k=k)
+    assert len(graphs.RECORDINGS[model]) == graphs.KEPT
+
+
+def test_the_host_reads_one_block_late(bundled, monkeypatch):
+    """While it looks at a block the next one has been sent."""
+    sent = []
+    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
+    monkeypatch.setattr(graphs, "record", lambda run, generators: lambda: (sent.append(1), run()))
+    model, _ = bundled
+    sampler = Sampler(Sampling(temperature=0), [[1]], model.args.vocab_size, torch.device("cpu"))
+    with torch.no_grad():
+        g.make_room(model, 1, 100)
+        blocks = g.decode_n_tokens(model, BLOCKS, torch.tensor([5]), torch.tensor([1]), 2, 30, sampler)
+        seen = [len(sent) for _ in blocks]
+    assert seen == [2, 3, 4, 4]
+
+
+def test_without_a_graph_single_steps_serve(bundled, monkeypatch, capsys):
+    def record(run, generators):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
+    both(bundled, ["Once upon a time"], 30, temperature=0.8, seed=1)
+    told = capsys.readouterr().err
+    assert told.count("note: steps are not replayed as one CUDA graph: operation not permitted") == 1 and "and more" not in told
+
+
+def test_a_mixture_that_asks_the_host_is_not_recorded(made):
+    model = Transformer(ModelArgs(50, 32, 1, 2, n_experts=4, active_experts=2)).eval()
+    assert not graphs.replayable(model, 1)
+    assert graphs.replayable(Transformer(ModelArgs(50, 32, 1, 2)), 32)
+
+
+def test_a_model_is_forgotten_with_its_recordings(made):
+    model = Transformer(ModelArgs(50, 32, 1, 2)).eval()
+    steps = g.Steps(blocks=partial(graphs.decode_blocks, lambda model, tokens, at, key_pos: torch.zeros(1, 50)))
+    model.setup_caches(1, 40)
+    sampler = Sampler(Sampling(temperature=0), [[1]], 50, torch.device("cpu"))
+    list(g.decode_n_tokens(model, steps, torch.tensor([5]), torch.tensor([1]), 2, 8, sampler))
+    assert len(graphs.RECORDINGS) == 1
+    del model
+    gc.collect()
+    assert len(graphs.RECORDINGS) == 0
