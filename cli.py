@@ -196,24 +196,24 @@ def steps_for(o: argparse.Namespace, speculation) -> Steps:
     return steps._replace(blocks=None) if speculation else steps
 
 
-def warm_up(model: Transformer, steps: Steps, rows: int, length: int, tokenizer: Tokenizer,
+def warm_up(o: argparse.Namespace, model: Transformer, steps: Steps, rows: list[Row], length: int, tokenizer: Tokenizer,
             speculation) -> float:
-    """Compile what the run will use, and return the seconds it took. Two lengths make the attended slots
-    symbolic."""
+    """Compile what such rows of `length` tokens will use, and return the seconds it took."""
     if steps == EAGER:
         return 0.0
-    began = time.perf_counter()
+    began, n, filled = time.perf_counter(), len(rows), max(len(row.prompt) for row in rows) + 1
     with torch.no_grad():
-        make_room(model, rows, length)
-        zeros = torch.zeros(rows, dtype=torch.long, device=model.norm.weight.device)
-        greedy = Sampler(Sampling(temperature=0), [[0]] * rows, model.args.vocab_size, zeros.device)
+        make_room(model, n, length)
+        zeros = torch.zeros(n, dtype=torch.long, device=model.norm.weight.device)
+        # a recorded block holds its draws and the slots it looks at: so they are the run's own
+        sampler = Sampler(Sampling.of(model, **sampling_flags(o, 0)), [[0]] * n, model.args.vocab_size, zeros.device)
         for _ in range(2):              # the second time finds every graph there; on CUDA it records them
             if steps.pad > 1:
-                run_prefill(model, steps, [[0] * PAD] * rows)
-            for _ in decode_n_tokens(model, steps, zeros, zeros, 1, 2, greedy):
+                run_prefill(model, steps, [[0] * PAD] * n)
+            for _ in decode_n_tokens(model, steps, zeros, zeros, filled, 2, sampler, rows[0].ends):
                 pass
     if speculation:
-        warm_up_speculation(speculation, model, steps, tokenizer, rows, length)
+        warm_up_speculation(speculation, model, steps, tokenizer, n, length)
     return time.perf_counter() - began
 
 
@@ -227,7 +227,7 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     steps = steps_for(o, speculation)
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
     length = max(len(row.prompt) for row in rows) + new
-    report["compile_s"] = warm_up(model, steps, len(rows), length, tokenizer, speculation)
+    report["compile_s"] = warm_up(o, model, steps, rows, length, tokenizer, speculation)
     single = len(rows) == 1 and not o.json
     if single and sys.stdout.isatty() and sys.stderr.isatty() and isinstance(prompts[0], str):
         print(prompts[0], end="", file=sys.stderr, flush=True)      # so that a person reads the whole text
@@ -352,7 +352,8 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
     the conversation."""
     steps = steps_for(o, speculation)
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
-    report["compile_s"] = warm_up(model, steps, 1, min(model.limit, 4096) - PAD, tokenizer, speculation)
+    rows = rows_for(model, tokenizer, [[0]], 1, o.stop, o.ignore_eos, o.chat)
+    report["compile_s"] = warm_up(o, model, steps, rows, min(model.limit, 4096) - PAD, tokenizer, speculation)
     say(o, "/reset forgets the conversation, /system TEXT sets the system message, /exit or the input's end "
            "ends it.")
     messages, held = system_message(o), []          # held: the ids whose keys and values are in the cache

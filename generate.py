@@ -403,6 +403,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:          # kernels and graphs go to the current one
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device '{name}' is not available here; try --device cpu") from None
     return device

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from quantize import notice
 from sampling import Sampler
 
 BLOCK = 8                               # steps of a graph
+FAILED: weakref.WeakSet[Transformer] = weakref.WeakSet()
 KEPT = 8                                # recordings of a model: for settings and lengths that take turns
 RECORDINGS: weakref.WeakKeyDictionary[Transformer, dict] = weakref.WeakKeyDictionary()
 
@@ -32,19 +34,20 @@ def decode_blocks(step: Callable, model: Transformer, steps: Steps, tokens: Tens
                   sampler: Sampler, ends: set[int] = frozenset()) -> Iterator[Tensor]:
     """generate.decode_n_tokens by the block: yields ids [B, BLOCK] that are on the host already, -1 behind a row's end,
     n columns or a few more. step: the compiled `decode`, without a graph of its own."""
-    if not replayable(model, len(tokens)):
-        yield from decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
-        return
-    state, late = State(tokens, input_pos, sampler), None
-    for done in range(0, n, BLOCK):
+    state, late, first = State(tokens, input_pos, sampler), None, None
+    if replayable(model, len(tokens)):
         try:
-            block = recording(step, model, state, filled + done + BLOCK - 1, ends)
+            first = recording(step, model, state, filled + BLOCK - 1, ends)
         except RuntimeError as error:   # what a driver, or an operator that asks the device, may raise
-            if done:
-                raise
+            FAILED.add(model)
             notice(f"steps are not replayed as one CUDA graph: {str(error).splitlines()[0]}")
-            yield from decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
-            return
+    if first is None:
+        single = decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
+        while block := list(islice(single, BLOCK)):
+            yield torch.stack(block, 1)
+        return
+    for done in range(0, n, BLOCK):
+        block = recording(step, model, state, filled + done + BLOCK - 1, ends)
         if block.state is not state:
             block.state.load(state)
             state = block.state
@@ -58,8 +61,8 @@ def decode_blocks(step: Callable, model: Transformer, steps: Steps, tokens: Tens
 
 
 def replayable(model: Transformer, rows: int) -> bool:
-    """Whether a step asks the host nothing: a mixture must find its experts on the device."""
-    return all(isinstance(layer.run, Gathered) and None not in (layer.run.up, layer.run.down) and rows <= GATHER
+    """Whether a step asks the host nothing: a mixture must find its experts on the device. And none has failed before."""
+    return model not in FAILED and all(isinstance(layer.run, Gathered) and None not in (layer.run.up, layer.run.down) and rows <= GATHER
                for layer in layers(model))
 
 
@@ -86,11 +89,11 @@ class Recording:
         self.key_pos = symbolic(torch.arange(slots, device=device), 0)
         self.ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         self.ids = torch.zeros(len(state.tokens), BLOCK, dtype=torch.long, device=device)
-        self.replay = record(lambda: self.run(step, model), self.state.sampler.generators)
+        self.replay = record(lambda n: self.run(step, model, n), self.state.sampler.generators)
 
-    def run(self, step: Callable, model: Transformer):
+    def run(self, step: Callable, model: Transformer, n: int):
         s = self.state
-        for i in range(BLOCK):
+        for i in range(n):
             logits = step(model, s.tokens[:, None], s.positions[:, None], self.key_pos)
             s.tokens.copy_(s.sampler(logits))
             self.ids[:, i] = torch.where(s.ended, -1, s.tokens)
@@ -103,7 +106,8 @@ def recording(step: Callable, model: Transformer, state: State, filled: int, end
     longest unused one where there are many."""
     kept = RECORDINGS.setdefault(model, {})
     slots, settings = min(bucket(filled), model.cache_slots), replace(state.sampler.settings, seed=0)
-    at = model.layers[0].attention.cache.k.data_ptr()
+    caches = [kept for layer in model.layers for kept in (layer.attention.cache.k, layer.attention.cache.v)]
+    at = (caches[0].shape, *(kept.data_ptr() for kept in caches))
     key = (at, step, len(state.tokens), slots, repr(settings), frozenset(ends))
     found = kept.pop(key, None) or Recording(step, model, state, slots, ends)
     for old in [k for k in kept if k[0] != at] + list(kept)[:max(0, len(kept) - KEPT + 1)]:
@@ -112,25 +116,30 @@ def recording(step: Callable, model: Transformer, state: State, filled: int, end
     return found
 
 
-def record(run: Callable, generators: list[torch.Generator]) -> Callable:
-    """What repeats the launches of run(). It runs once for real, since to compile and to tune cannot be recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+def record(run: Callable[[int], None], generators: list[torch.Generator]) -> Callable:
+    """What repeats the launches of run(BLOCK). A step runs for real before, since to compile and to tune cannot be
+    recorded."""
+    before, (pool, side) = torch.cuda.current_stream(), shared(torch.cuda.current_device())
+    side.wait_stream(before)
     with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+        run(1)
+    before.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool()):
-        run()
+    try:
+        with torch.cuda.graph(graph, pool=pool.id):
+            run(BLOCK)
+    finally:
+        torch.cuda.set_stream(before)   # a recording that fails would leave its own
     return graph.replay
 
 
 @cache
-def pool():
-    """Memory that all recordings share: they run one after another, and leave nothing there that is read later."""
-    return torch.cuda.graph_pool_handle()
+def shared(device: int) -> tuple:
+    """Memory that all recordings share, since they run one after another and leave nothing there that is read later; kept
+    when the last one goes, for libraries keep theirs in it. And a stream: each would get its own scratch memory."""
+    return torch.cuda.MemPool(), torch.cuda.Stream(device)
 
 
 def to_host(ids: Tensor) -> Callable[[], Tensor]:

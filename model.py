@@ -440,9 +440,9 @@ class RotaryEmbedding(nn.Module):
     def set_length(self, length: int):
         """Fit the frequencies to sequences of `length` tokens. Only dynamic and longrope depend on it."""
         if self.frequencies is None or self.rope.kind in ("dynamic", "longrope") and length != self.length:
-            device = "cpu" if self.frequencies is None else self.frequencies.device
             frequencies, self.amplitude = rope_frequencies(self.rope, self.max_position, length)
-            self.frequencies, self.length = frequencies.to(device), length
+            self.frequencies = frequencies if self.frequencies is None else self.frequencies.copy_(frequencies)  # graphs hold it
+            self.length = length
 
     def _apply(self, fn, recurse=True):     # .to(dtype) and .to_empty() move the numbers, and change nothing else
         frequencies = self.frequencies

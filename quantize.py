@@ -114,11 +114,12 @@ class QuantizedLinear(nn.Module):
         whole_units = self.kernel_group() % cpu.UNIT == 0
         if self.path != "plain":
             return self
-        if self.scales.device.type == "cpu" and whole_units and cpu.available():
+        if self.scales.device.type == "cpu" and whole_units and cpu.available(quantized=True):
             self.pack_for_kernel()
         elif self.scales.device.type in ("cpu", "cuda"):
-            self.pack_for_stock()
             self.skinny = gpu.works(self)
+            if not self.skinny or self.bits == 4:           # PyTorch's int4 operator is the best for up to 4 rows
+                self.pack_for_stock()
         return self
 
     def kernel_group(self) -> int:
@@ -165,7 +166,7 @@ class QuantizedLinear(nn.Module):
             x = F.pad(x, (self.skip, 0))
         rows = x.numel() // x.shape[-1]
         elsewhere = self.path == "kernel" and x.device.type != "cpu"                 # a copy of a layer of the host's
-        few = STOCK_ROWS[self.bits] // (4 if self.skinny else 1)
+        few = 4 if self.skinny else STOCK_ROWS[self.bits]
         if self.path == "plain" or elsewhere or self.path == "stock" and (rows > few or x.dtype != self.dtype):
             return gpu.multiply_layer(self, x) if self.skinny and x.dtype == torch.bfloat16 else self.plain_multiply(x)
         if self.perm is not None:

@@ -10,12 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.gpu import INTERPRETED, ROWS, counters, succeeds, there, triton
+from kernels.gpu import COUNTERS, INTERPRETED, ROWS, counters, succeeds, there, triton
 from model import FEW
 from model import attend as plain_attend
 
 SLOTS = 64                              # of the cache that a program looks at at a time
-PARTS, PROGRAMS = 32, 264               # programs, at most, that share the slots of a key head; all together
+PARTS, PROGRAMS = 32, 528               # programs, at most, that share the slots of a key head; all together
+FLEXIBLE = (torch.Tag.flexible_layout,)  # else a compiled step copies mask, cos and sin for each layer, to be sure of strides
 WIDTHS = (16, 32, 64, 128, 256)         # of a head: powers of two
 
 
@@ -25,7 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
     B, H, T, E = q.shape
     if T > FEW and H > k.shape[1]:      # PyTorch's operator has no fast form for a mask and shared key heads together
         k, v = (t.repeat_interleave(H // k.shape[1], 1) for t in (k, v))
-    if T > FEW or H // k.shape[1] * T > ROWS or E not in WIDTHS or q.dtype == torch.float32 and not INTERPRETED:
+    too_many = T > FEW or H // k.shape[1] * T > ROWS or B * k.shape[1] > COUNTERS
+    if too_many or E not in WIDTHS or q.dtype == torch.float32 and not INTERPRETED:
         return plain_attend(q, k, v, mask, scale, cap, sinks)
     return attend_few(q, k, v, mask, scale, cap, sinks).transpose(1, 2)
 
@@ -64,6 +66,7 @@ if triton is not None:
             seen = tl.load(mask + (row * T + r[:, None] % T) * S + s[None, :], wanted[:, None] & (s < S)[None, :], 0) != 0
             if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
                 keys = tl.load(keys_at + s[None, :] * k_slot + e[:, None], (s < S)[None, :], 0.0)    # [E, SLOTS]
+                values = tl.load(values_at + s[:, None] * v_slot + e[None, :], (s < S)[:, None], 0.0)    # both on the way
                 scores = tl.dot(queries, keys.to(DOT)) * scale
                 if CAPPED:              # cap * tanh
                     scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
@@ -72,7 +75,6 @@ if triton is not None:
                 base = tl.where(higher == float("-inf"), 0.0, higher)                # a query that has seen nothing yet
                 p = tl.exp(scores - base[:, None])
                 keep = tl.exp(most - base)
-                values = tl.load(values_at + s[:, None] * v_slot + e[None, :], (s < S)[:, None], 0.0)
                 out = out * keep[:, None] + tl.dot(p.to(values.dtype).to(DOT), values.to(DOT))
                 total = total * keep + tl.sum(p, 1)
                 most = higher
@@ -104,7 +106,7 @@ if triton is not None:
             tl.store(to, (out / total[:, None]).to(y.dtype.element_ty), wanted[:, None])
             tl.store(counters + head, 0)
 
-    @torch.library.custom_op("gpu_kernels::attend", mutates_args=())
+    @torch.library.custom_op("gpu_kernels::attend", mutates_args=(), tags=FLEXIBLE)
     def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float, sinks: Tensor | None) -> Tensor:
         """q [B, H, T, E]; k and v [B, K, S, E], rows of E in one piece; mask [B, 1, T, S]; sinks [H] -> [B, T, H, E]."""
         B, H, T, E = q.shape
@@ -160,7 +162,7 @@ if triton is not None:
             to = k + row.to(tl.int64) * k_row + (head - H) * k_head + slot * k_slot
         tl.store(to + e, x.to(q.dtype.element_ty))
 
-    @torch.library.custom_op("gpu_kernels::rotate_and_keep", mutates_args=("k", "v"))
+    @torch.library.custom_op("gpu_kernels::rotate_and_keep", mutates_args=("k", "v"), tags=FLEXIBLE)
     def rotate_and_keep(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, k: Tensor, v: Tensor,
                         q_gain: Tensor | None, k_gain: Tensor | None, norm: str, eps: float) -> Tensor:
         """qkv [B, T, (H + 2K) E] -> queries [B, H, T, E]; keys and values go to `positions` [B, T] of the caches

@@ -6,7 +6,7 @@ import generate as g
 import graphs
 import pytest
 import torch
-from model import ModelArgs, Transformer
+from model import ModelArgs, RopeArgs, Transformer
 from sampling import Sampler, Sampling
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,8 +24,8 @@ def made(monkeypatch):
     found = []
 
     def record(run, generators):
-        run()
-        found.append(make_fx(lambda: run())())
+        run(1)
+        found.append(make_fx(lambda: run(graphs.BLOCK))())
         return found[-1]
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
@@ -70,7 +70,7 @@ def test_what_is_recorded_is_used_again(bundled, made, monkeypatch):
     """Another prompt, another seed; not for another number of rows, other settings, more slots or a larger cache."""
     model, tokenizer = bundled
     model.drop_caches()
-    monkeypatch.setattr(graphs, "record", lambda run, generators: made.append(run) or run)
+    monkeypatch.setattr(graphs, "record", lambda run, generators: made.append(run) or partial(run, graphs.BLOCK))
     for prompt, seed in (("Once upon a time", 1), ("The dog was", 2)):
         both(bundled, [prompt], 20, temperature=0.7, seed=seed)
     assert len(made) == 1
@@ -90,7 +90,7 @@ def test_the_host_reads_one_block_late(bundled, monkeypatch):
     """While it looks at a block the next one has been sent."""
     sent = []
     monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
-    monkeypatch.setattr(graphs, "record", lambda run, generators: lambda: (sent.append(1), run()))
+    monkeypatch.setattr(graphs, "record", lambda run, generators: lambda: (sent.append(1), run(graphs.BLOCK)))
     model, _ = bundled
     sampler = Sampler(Sampling(temperature=0), [[1]], model.args.vocab_size, torch.device("cpu"))
     with torch.no_grad():
@@ -101,13 +101,20 @@ def test_the_host_reads_one_block_late(bundled, monkeypatch):
 
 
 def test_without_a_graph_single_steps_serve(bundled, monkeypatch, capsys):
+    """Told once, and not tried again."""
+    tried = []
+    monkeypatch.setattr(graphs, "FAILED", type(graphs.FAILED)())
+
     def record(run, generators):
+        tried.append(run)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
     both(bundled, ["Once upon a time"], 30, temperature=0.8, seed=1)
+    both(bundled, ["Tom had"], 30, temperature=0.8, seed=1)
     told = capsys.readouterr().err
     assert told.count("note: steps are not replayed as one CUDA graph: operation not permitted") == 1 and "and more" not in told
+    assert len(tried) == 1
 
 
 def test_a_mixture_that_asks_the_host_is_not_recorded(made):
@@ -126,3 +133,23 @@ def test_a_model_is_forgotten_with_its_recordings(made):
     del model
     gc.collect()
     assert len(graphs.RECORDINGS) == 0
+
+
+@pytest.mark.parametrize("rope", [RopeArgs(kind="dynamic", scaling={"factor": 2.0}), RopeArgs(
+    kind="longrope", scaling={"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 30})])
+def test_what_follows_a_rope_that_changes_with_length(made, rope):
+    """Its frequencies are among what a recording looks at."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(50, 32, 2, 2, max_position=16, ropes=[rope])).eval()
+
+    @torch.no_grad()
+    def answer(steps, length):
+        g.make_room(model, 1, length + 24)
+        prompt = [i % 50 for i in range(length)]
+        sampler = Sampler(Sampling(temperature=0), [prompt], 50, torch.device("cpu"))
+        tokens = sampler(g.run_prefill(model, PLAIN, [prompt]))
+        ids = list(g.decode_n_tokens(model, steps, tokens, torch.tensor([length]), length + 1, 24, sampler))
+        return torch.cat([i.view(1, -1) for i in ids], 1)
+    for length in (4, 20, 90, 5):
+        assert torch.equal(answer(PLAIN, length), answer(BLOCKS, length))
+    assert len(made) == 1
