@@ -105,7 +105,7 @@ class Stacked:
 
     def outputs(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [T, D], ids [T, A] -> [T, A, D]; zeros for an id of -1."""
-        return torch.ops.cpu_kernels.experts(x, ids, self.w, self.more, self.sizes, self.clamped)
+        return cpu.experts(x, ids, self.w, self.more, self.sizes, self.clamped)
 
     @staticmethod
     def form(module: nn.Module) -> tuple[int, int, int] | None:

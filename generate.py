@@ -98,9 +98,9 @@ def compile_step(step: Callable, graphs: bool = True) -> Callable:
         return compiled(NUMBERS.setdefault(model, str(next(COUNT))), model, *rest)
     kind = {"triton.cudagraphs": graphs, "coordinate_descent_tuning": True} if torch.cuda.is_available() else \
         {"cpp_wrapper": ranks.size() == 1 and not torch.accelerator.is_available(),
-         "cpp.vec_isa_ok": True if available() else None}             # our kernels were built for this processor
-    options = {"size_asserts": False, "guard_filter_fn": conditions} | kind
-    compiled = torch.compile(numbered, fullgraph=True, options=options)
+         "cpp.vec_isa_ok": True if available() else None,             # our kernels were built for this processor
+         "cpp.enable_floating_point_contract_flag": "off -O2"}        # the last flag: same loops, built in 2/3 of the time
+    compiled = torch.compile(numbered, fullgraph=True, options=kind | {"size_asserts": False, "guard_filter_fn": conditions})
     return run
 
 
@@ -297,8 +297,8 @@ def generate_rows(model: Transformer, rows: list[Row], settings: Sampling, *, st
     if speculation:
         decoder, interval = speculation.decode(model, steps, tokens, positions, sampler), 1
     else:
-        ends = set.intersection(*(set(row.ends) for row in rows))
-        decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler, ends)
+        decoder = decode_n_tokens(model, steps, tokens, positions, longest + 1, limit - 1, sampler,
+                                  set.intersection(*(set(row.ends) for row in rows)))
         interval = 1 if device.type == "cpu" or steps.blocks else 8
     block = [tokens]
     while block:

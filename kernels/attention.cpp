@@ -5,8 +5,9 @@
 // so that a token gets the same bits alone and among others. What it is not: fast for long prompts, where PyTorch's own
 // fused operator serves. The plain form of the same thing is `attend` in model.py.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>          // parsed in a quarter of torch/library.h's time
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <limits>
@@ -17,6 +18,8 @@
 #include "vectors.h"
 
 namespace {
+
+using torch::stable::Tensor;
 
 constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
 
@@ -169,10 +172,14 @@ std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, in
   return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
 }
 
+// q, k, v, mask as below, their last dimension in one piece -> out [B, T, H, E].
 template <class X>
-void attend_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale,
-                double cap, at::Tensor& out) {
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale, double cap,
+                X* out) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), K = k.size(1), S = k.size(2), R = H / K * T;
+  const X *q0 = q.const_data_ptr<X>(), *k0 = k.const_data_ptr<X>(), *v0 = v.const_data_ptr<X>();
+  const bool* mask0 = mask.const_data_ptr<bool>();
+  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides(), mask_strides = mask.strides();
   const int64_t room = (S + 31) / LANES * LANES;
   const int64_t grain = std::max<int64_t>(1, 65536 / (S * R * E));                   // as in linear.cpp
   at::parallel_for(0, B * K, grain, [&](int64_t begin, int64_t end) {
@@ -182,29 +189,38 @@ void attend_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / K, kv = i % K;
       const auto head_of = [&](int64_t r) { return kv * (H / K) + r / T; };
-      const Head<X> h{k.const_data_ptr<X>() + b * k.stride(0) + kv * k.stride(1),
-                      v.const_data_ptr<X>() + b * v.stride(0) + kv * v.stride(1), k.stride(2), v.stride(2), E, T,
-                      mask.const_data_ptr<bool>() + b * mask.stride(0), mask.stride(2), float(scale), float(cap)};
+      const Head<X> h{k0 + b * k_strides[0] + kv * k_strides[1], v0 + b * v_strides[0] + kv * v_strides[1],
+                      k_strides[2], v_strides[2], E, T, mask0 + b * mask_strides[0], mask_strides[2], float(scale),
+                      float(cap)};
       const auto [first, last] = seen(h.mask, h.mask_stride, T, S);
       for (int64_t r = 0; r < R; r++)
-        std::copy_n(q.const_data_ptr<X>() + b * q.stride(0) + head_of(r) * q.stride(1) + r % T * q.stride(2), E,
+        std::copy_n(q0 + b * q_strides[0] + head_of(r) * q_strides[1] + r % T * q_strides[2], E,
                     queries.data() + r * E);
       attend_head(h, queries.data(), R, first, last, scores.data(), room, y.data());
-      for (int64_t r = 0; r < R; r++)                                                // out [B, T, H, E]
-        std::copy_n(y.data() + r * E, E, out.data_ptr<X>() + ((b * T + r % T) * H + head_of(r)) * E);
+      for (int64_t r = 0; r < R; r++)
+        std::copy_n(y.data() + r * E, E, out + ((b * T + r % T) * H + head_of(r)) * E);
     }
   });
 }
 
 // q [B, H, T, E]; k, v [B, K, S, E] of the same dtype, float32 or bfloat16; mask bool [B, 1, T, S], true: visible
-// -> q's shape. E is a multiple of 16; every query sees a slot. cap 0: no soft cap of the scores.
-at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale,
-                  double cap) {
-  auto out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
-  const auto rows = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
-  if (q.scalar_type() == at::kBFloat16) attend_all<at::BFloat16>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out);
-  else attend_all<float>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out);
-  return out.transpose(1, 2);
+// -> q's shape, in memory [B, T, H, E]. E is a multiple of 16; every query sees a slot. cap 0: no soft cap of the
+// scores.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale, double cap) {
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3);
+  const int64_t sizes[] = {B, H, T, E}, strides[] = {T * H * E, E, H * E, 1};
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &type));
+  AtenTensorHandle made;            // torch::stable::empty would look its operator up by name at every call
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor out(made);
+  const auto rows = [](const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); };
+  const auto run = [&](auto zero) {
+    using X = decltype(zero);
+    attend_all<X>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out.mutable_data_ptr<X>());
+  };
+  if (type == aoti_torch_dtype_bfloat16()) run(at::BFloat16()); else run(float());
+  return out;
 }
 
 }  // namespace
@@ -213,8 +229,8 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 #define LIBRARY cpu_attention
 #endif
 
-TORCH_LIBRARY(LIBRARY, m) {
+STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, float cap) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("attend", &attend); }
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +27,9 @@ from model import FEW, KVCache, RMSNorm
 from model import attend as plain_attend
 from model import rotate as plain_rotate
 
-SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp", "step.cpp")]
+PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attention.cpp",), ("step.cpp",))
+QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
+LOADED = {}                             # of these: whether it can be called
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -39,24 +40,34 @@ PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, 
 
 # ---- building ----------------------------------------------------------------------------------------------
 
-@cache
-def available() -> bool:
-    """Whether the operators can be called; the first call builds them (10 to 20 s) or finds them built."""
+def available(quantized: bool = False) -> bool:
+    """Whether the operators can be called, `quantized`: for int8 and int4 weights too. The first call builds them (6 to
+    15 s) or finds them built."""
+    wanted = PLAIN + QUANTIZED if quantized else PLAIN
+    missing = [kind for kind in wanted if kind not in LOADED]
+    if missing and all(LOADED.values()):                        # what failed once would fail again
+        LOADED.update(dict.fromkeys(missing, load(missing)))
+    return all(LOADED.get(kind) for kind in wanted)
+
+
+def load(kinds: list[tuple]) -> bool:
     if os.environ.get("CPU_KERNELS") == "0":
         return False
     try:
         with ThreadPoolExecutor() as pool:
-            for library in pool.map(build, SOURCES):
+            for library in pool.map(lambda kind: build(*kind), kinds):
                 torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip() or type(error).__name__).splitlines()[0]
         print(f"note: the CPU kernels could not be built ({reason}); PyTorch's own operators serve, more slowly",
               file=sys.stderr, flush=True)
         return False
-    torch.ops.cpu_kernels.round_activations(os.environ.get("CPU_KERNELS") != "weight_only")
-    torch.library.register_fake("cpu_kernels::linear", shape_of_linear)
-    torch.library.register_fake("cpu_kernels::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
-    torch.library.register_fake("cpu_attention::attend", shape_of_attend)
+    for library in ["cpu_bfloat16"] * (PLAIN[0] in kinds) + ["cpu_kernels"] * (QUANTIZED[0] in kinds):
+        getattr(torch.ops, library).round_activations(os.environ.get("CPU_KERNELS") != "weight_only")
+        torch.library.register_fake(f"{library}::linear", shape_of_linear)
+        torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
+    if PLAIN[1] in kinds:
+        torch.library.register_fake("cpu_attention::attend", shape_of_attend)
     return True
 
 
@@ -64,25 +75,25 @@ def share_memory(path: str, rank: int, size: int) -> bool:
     """Let `cpu_exchange::all_sum` add up small tensors over this machine's ranks, by way of a file they all map."""
     if not available():
         return False
-    torch.ops.load_library(build(SOURCES[0].with_name("exchange.cpp")))
+    torch.ops.load_library(build("exchange.cpp"))
     torch.library.register_fake("cpu_exchange::all_sum", torch.empty_like)
     torch.ops.cpu_exchange.join(path, rank, size)
     return True
 
 
-def build(source: Path, *defines: str) -> Path:
+def build(name: str, *defines: str) -> Path:
     """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError."""
-    root = Path(torch.__path__[0])
+    root, source = Path(torch.__path__[0]), Path(__file__).with_name(name)
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
     told = [source.read_text(), source.with_name("vectors.h").read_text(), torch.__version__, *FLAGS, *defines, instruction_set()]
-    name = f"{source.stem}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
-    library = cache_folder() / name
+    file = f"{source.stem}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
+    library = cache_folder() / file
     if not library.exists():
-        if not defines:
+        if (source.name, *defines) in PLAIN + QUANTIZED:
             print(f"building the CPU kernel {source.name}, once for this machine ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / name
+            made = Path(folder) / file
             command = [os.environ.get("CXX", "g++"), *FLAGS, *defines, *include, str(source), "-o", str(made), *link]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
             os.replace(made, library)   # several processes may build at once; each result is whole
@@ -133,7 +144,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     full = values.contiguous() if N % PANEL == K % UNIT == 0 else \
         F.pad(values, (0, padded(K, UNIT) - K, 0, padded(N, PANEL) - N))
     out = in_large_pages(full.numel() * bits // 8)
-    torch.ops.cpu_kernels.pack(full, out, bits)
+    torch.ops.cpu_bfloat16.pack(full, out, bits)
     return out.view(values.dtype) if bits == 16 else out
 
 
@@ -201,7 +212,15 @@ def group_rows(packed: Tensor, index: Tensor, N: int) -> Tensor:
 def linear(x: Tensor, packed: Tensor, scales: Tensor | None, offsets: Tensor | None, N: int, bits: int,
            group: int) -> Tensor:
     """x [..., K] @ ((values + offsets) * scales).T -> [..., N], in x's dtype, summed in float32."""
-    return torch.ops.cpu_kernels.linear(x, packed, scales, offsets, N, bits, group)
+    library = torch.ops.cpu_bfloat16 if bits == 16 else torch.ops.cpu_kernels
+    return library.linear(x, packed, scales, offsets, N, bits, group)
+
+
+def experts(x: Tensor, ids: Tensor, w: list[Tensor], more: list[Tensor | None], sizes: list[int], clamped: bool) -> Tensor:
+    """What each token's experts make of it: x [T, D], ids [T, A] -> [T, A, D]; zeros for an id of -1. Of w13 and w2: packed
+    weights, then scales, offsets and bias; `sizes` their outputs, bits and group."""
+    library = torch.ops.cpu_bfloat16 if sizes[1] == sizes[4] == 16 else torch.ops.cpu_kernels
+    return library.experts(x, ids, w, more, sizes, clamped)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0,

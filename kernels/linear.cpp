@@ -36,6 +36,11 @@
 
 namespace {
 
+#ifdef BFLOAT16_ONLY                            // half of all this, in half the time: a model of plain weights needs no more
+constexpr bool QUANTIZED = false;
+#else
+constexpr bool QUANTIZED = true;
+#endif
 constexpr int PANEL = 32, UNIT = 8;
 // Rows of x that are multiplied at once: 12 rows x 2 halves make 24 sums in 32 registers; of bytes, 32 rows are four even
 // blocks.
@@ -331,6 +336,17 @@ struct Product {
   int64_t group = 0;                  // 0: no scales
 };
 
+// Whether many rows meet weights that were unpacked for all of them.
+template <class X> constexpr bool unpacks_once(int64_t M, bool scaled) {
+  return M > DIRECT && scaled && std::is_same_v<X, at::BFloat16>;
+}
+
+// The rows of a block at most. Fewer where int8 and int4 become floats on the way: that form is rare, and each number of rows
+// takes time to build.
+template <class W, class X> constexpr int most_rows(bool once) {
+  return once || std::is_same_v<W, Bfloat16> || std::is_same_v<X, int8_t> ? ROWS<X> : std::min(ROWS<X>, 4);
+}
+
 // Scratch of one thread, y's panel [M][32] among it.
 struct Scratch {
   std::vector<float> y, scale;
@@ -340,7 +356,7 @@ struct Scratch {
 template <class W, class X>
 void panel(const Product& p, int64_t index, Scratch& s) {
   const X* x = (const X*)p.x;
-  using Rows = std::make_integer_sequence<int, ROWS<X>>;
+  using Rows = std::make_integer_sequence<int, most_rows<W, X>(false)>;
   const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
   const uint8_t* w = p.w + index * units * 2 * W::HALF;
   const int64_t at = index * count * PANEL;
@@ -355,7 +371,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
     g.scale16 = (const at::BFloat16*)p.scales + at;
   }
   if (p.offsets) g.offset = p.offsets + (p.nibbles ? at / 2 : at), g.nibbles = p.nibbles;
-  const bool once = p.M > DIRECT && p.group && std::is_same_v<X, at::BFloat16>;
+  const bool once = unpacks_once<X>(p.M, p.group);
   const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
   for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
     const int64_t n = p.group && !once ? units : std::min(depth, units - first);
@@ -371,7 +387,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
         const Groups plain{1, n, n};
         if constexpr (std::is_same_v<X, at::BFloat16>)
           if (once) {
-            multiply_rows<Bfloat16, X>(rows, Rows(), (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
+            multiply_rows<Bfloat16, X>(rows, std::make_integer_sequence<int, most_rows<W, X>(true)>(), (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
             continue;
           }
         multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
@@ -554,7 +570,8 @@ template <class W, class X>
 void multiply_as(const std::vector<Job>& jobs, int64_t N, int64_t K, int64_t group) {
   std::vector<Product> products;
   for (const Job& job : jobs) {
-    const int64_t M = job.x.size(0), blocks = (M + ROWS<X> - 1) / ROWS<X>, block = (M + blocks - 1) / blocks;   // even ones
+    const int64_t M = job.x.size(0), most = most_rows<W, X>(unpacks_once<X>(M, job.scales.has_value()));
+    const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     Product p{M, N, K, block};
     p.w = (const uint8_t*)job.w.const_data_ptr(), p.y = job.y.data_ptr();
     if (job.scales) p.group = group ? group : K;                                     // 0: one group, the whole row
@@ -597,11 +614,13 @@ void multiply_all(std::vector<Job> jobs, int64_t N, int64_t bits, int64_t group)
   const auto by_kind = [&](auto zero) {
     using X = decltype(zero);
     if (bits == 16) multiply_as<Bfloat16, X>(jobs, N, K, group);
-    if (bits == 8) multiply_as<Int8, X>(jobs, N, K, group);
-    if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group);
-    if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group);
+    if constexpr (QUANTIZED) {
+      if (bits == 8) multiply_as<Int8, X>(jobs, N, K, group);
+      if (bits == 4) multiply_as<Int4, X>(jobs, N, K, group);
+      if (bits == FP4) multiply_as<Fp4, X>(jobs, N, K, group);
+    }
   };
-#ifdef BYTE_DOT
+#if defined(BYTE_DOT) && !defined(BFLOAT16_ONLY)
   if (jobs[0].x.scalar_type() == at::kBFloat16 && bits != 16 && rounded_activations && group % BLOCK == 0) {
     const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.x.size(0) <= DIRECT; });
     const std::vector<Job> few(jobs.begin(), many);

@@ -1,7 +1,7 @@
 // Vectors of 16 floats and how numbers become them: what linear.cpp, attention.cpp and step.cpp share. The compiler's portable
 // vectors, with the instruction itself where it is known to be better.
 #pragma once
-#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 
 #include <cstring>
 #include <utility>

@@ -61,10 +61,10 @@ for B, H, K, T, E, S, window, cap, sunk in ((1, 4, 2, 1, 64, 256, 0, 0.0, False)
     for unseen in (k, v):               # what no query sees is not looked at
         unseen.masked_fill_(~mask.any(2)[..., None].expand_as(unseen), float("nan") if unseen is k else 1e30)
     assert torch.equal(gpu_attention.attend(q, k, v, mask, E ** -0.5, cap, sinks), y)
-before = len(calls)
-for E, T in ((80, 1), (64, 16)):                # no power of two; a prompt
-    q, k = torch.randn(1, 2, T, E).bfloat16(), torch.randn(1, 2, 64, E).bfloat16()
-    gpu_attention.attend(q, k, k, torch.ones(1, 1, T, 64, dtype=torch.bool), 1.0)
+before, gpu_attention.COUNTERS = len(calls), 2
+for E, T in ((80, 1), (64, 16), (64, 1)):       # no power of two; a prompt; more key heads than are counted
+    q, k = torch.randn(2, 2, T, E).bfloat16(), torch.randn(2, 2, 64, E).bfloat16()
+    gpu_attention.attend(q, k, k, torch.ones(2, 1, T, 64, dtype=torch.bool), 1.0)
 assert len(calls) == before and not gpu.counters(q.device).any()
 print(before)
 """

@@ -68,7 +68,7 @@ def test_slots_nobody_sees_do_not_matter():
 def test_portable_attention_agrees():
     """Built without the bfloat16 instructions, as on AVX2 or ARM."""
     try:
-        torch.ops.load_library(cpu.build(cpu.SOURCES[1], "-DPORTABLE", "-DLIBRARY=portable_attention", "-O1"))
+        torch.ops.load_library(cpu.build("attention.cpp", "-DPORTABLE", "-DLIBRARY=portable_attention", "-O1"))
     except (OSError, subprocess.SubprocessError):
         pytest.skip("there is no C++ compiler")
     for *sizes, cap in SHAPES:
@@ -110,7 +110,7 @@ def step(request, monkeypatch):
     """The operators as built for this machine, and without its instructions."""
     needs_compiler()
     if request.param == "portable":
-        torch.ops.load_library(cpu.build(cpu.SOURCES[2], "-DPORTABLE", "-DLIBRARY=portable_step", "-O1"))
+        torch.ops.load_library(cpu.build("step.cpp", "-DPORTABLE", "-DLIBRARY=portable_step", "-O1"))
         monkeypatch.setattr(torch.ops, "cpu_step", torch.ops.portable_step)
 
 
