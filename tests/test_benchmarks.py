@@ -114,6 +114,16 @@ def test_the_tables_of_a_page(tmp_path, monkeypatch):
     assert "has no lines <!-- speed -->" in run("scripts/benchmark.py", "--tables", page, code=1).stderr
 
 
+def test_the_seconds_of_a_start(monkeypatch):
+    """A cold start that finds a graph, a warm one that finds none, a failure that is told as a time."""
+    monkeypatch.setenv("CPU_KERNELS", "0")
+    found = json.loads(run("scripts/start.py", "--checkpoint_path", ROOT / "checkpoints/stories-draft", "--json").stdout)
+    assert list(found) == ["nothing built", "no graph", "warm"] and all(len(times) == 1 for times in found.values())
+    assert found["warm"][0] < min(found["nothing built"][0], found["no graph"][0])
+    done = run("scripts/start.py", "--checkpoint_path", "/nowhere", code=1)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
 def test_the_scaling_page(tmp_path):
     """A table that lacks its rows, a plot that no viewer opens, a guess that is told as a measurement."""
     run("scripts/scaling.py", "--out", tmp_path / "page.md", "--shape", "stories15m", "--shapes", "stories15m", "--rounds", 1,
