@@ -21,7 +21,7 @@ import torch
 
 import ranks
 from figures import bytes_per_token, peak_memory, probe_bandwidth
-from generate import (BUNDLED, EAGER, PAD, Figures, Row, Steps, compile_steps, decode_n_tokens, generate_rows, load_model,
+from generate import (BUCKET, BUNDLED, EAGER, PAD, Figures, Row, Steps, compile_steps, decode_n_tokens, generate_rows, load_model,
                       make_room, rows_for, run_prefill)
 from kernels import cpu
 from model import Transformer
@@ -188,20 +188,13 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
     return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
 
 
-def steps_for(o: argparse.Namespace, speculation) -> Steps:
-    """What the flags ask for. Speculation chooses step by step: it has no use for blocks."""
-    if not (o.compile or o.compile_prefill):
-        return EAGER
-    steps = compile_steps(o.compile, o.compile_prefill)
-    return steps._replace(blocks=None) if speculation else steps
-
-
 def warm_up(o: argparse.Namespace, model: Transformer, steps: Steps, rows: list[Row], length: int, tokenizer: Tokenizer,
             speculation) -> float:
     """Compile what such rows of `length` tokens will use, and return the seconds it took."""
     if steps == EAGER:
         return 0.0
     began, n, filled = time.perf_counter(), len(rows), max(len(row.prompt) for row in rows) + 1
+    later = [slots + 1 for slots in (BUCKET << i for i in range(20)) if filled <= slots < length] if steps.blocks else []
     with torch.no_grad():
         make_room(model, n, length)
         zeros = torch.zeros(n, dtype=torch.long, device=model.norm.weight.device)
@@ -210,8 +203,9 @@ def warm_up(o: argparse.Namespace, model: Transformer, steps: Steps, rows: list[
         for _ in range(2):              # the second time finds every graph there; on CUDA it records them
             if steps.pad > 1:
                 run_prefill(model, steps, [[0] * PAD] * n)
-            for _ in decode_n_tokens(model, steps, zeros, zeros, filled, 2, sampler, rows[0].ends):
-                pass
+            for slots in (filled, *later):
+                for _ in decode_n_tokens(model, steps, zeros, zeros, slots, 2, sampler, rows[0].ends):
+                    pass
     if speculation:
         warm_up_speculation(speculation, model, steps, tokenizer, n, length)
     return time.perf_counter() - began
@@ -224,7 +218,7 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if new is None:                     # a default bends to what fits, a wish does not
         longest = max(len(p if isinstance(p, list) else tokenizer.encode(p)) for p in prompts)
         new = max(min(256, model.limit - longest), 1)
-    steps = steps_for(o, speculation)
+    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
     length = max(len(row.prompt) for row in rows) + new
     report["compile_s"] = warm_up(o, model, steps, rows, length, tokenizer, speculation)
@@ -350,7 +344,7 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
     """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that
     differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
     the conversation."""
-    steps = steps_for(o, speculation)
+    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
     rows = rows_for(model, tokenizer, [[0]], 1, o.stop, o.ignore_eos, o.chat)
     report["compile_s"] = warm_up(o, model, steps, rows, min(model.limit, 4096) - PAD, tokenizer, speculation)

@@ -19,7 +19,7 @@ def bytes_per_token(model: Transformer) -> int:
 
     def weights(modules) -> int:
         return sum(t.nbytes for m in modules for n, t in [*m.named_parameters("", False), *m.named_buffers("", False)]
-                   if not (n == "weight" and getattr(m, "packed", None) is not None))     # many rows' twin of `packed`
+                   if not (n in ("weight", "scales", "zeros") and getattr(m, "packed", None) is not None))     # twins, for many rows
     idle = [(moe, 1 - moe.active / len(moe.experts)) for moe in modules if isinstance(moe, MoEFeedForward)]
     return weights(modules) - round(sum(weights(moe.experts.modules()) * share for moe, share in idle))
 

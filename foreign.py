@@ -16,7 +16,8 @@ from torch import Tensor
 
 from architecture import QUANTIZED, CheckpointError, Stored, place
 from model import ModelArgs
-from quantize import KINDS, notice
+from quantize import KINDS
+from ranks import notice
 
 
 @dataclass

@@ -39,6 +39,7 @@ from tokenizer import Tokenizer, load_tokenizer
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
 CHUNK = 512        # prompt tokens per prefill call, 4 x on a GPU: memory grows with CHUNK * S, not with the prompt's square
 PAD = 16                # compiled prefill sees lengths rounded up to this
+REPLAYED = "cuda"     # where blocks of steps are
 BUCKET = 256        # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
 
 
@@ -173,8 +174,9 @@ def run_prefill(model: Transformer, steps: Steps, prompts: list[list[int]], star
     """
     device = model.norm.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest, chunk = max(map(len, prompts)), CHUNK if device.type == "cpu" else 4 * CHUNK
-    result = None
+    longest, result = max(map(len, prompts)), None
+    # not more on a CPU, or where attention is written out and keeps all scores
+    chunk = CHUNK * (1 if device.type == "cpu" or model.args.attention_softcap or model.args.attention_sinks else 4)
     for begin in range(start, longest, chunk):
         end = min(begin + chunk, longest)
         width = -(-(end - begin) // steps.pad) * steps.pad
@@ -196,9 +198,9 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
     the device.
 
     filled: slots that hold tokens after the first step, for the bucket. Lazy: a step runs when its ids are
-    asked for. On a GPU compiled steps come as blocks, ids [B, n] on the host, -1 behind one of `ends`.
+    asked for. On a GPU compiled steps come as blocks, ids [B, n], -1 behind one of `ends`.
     """
-    if steps.blocks:
+    if steps.blocks and tokens.device.type == REPLAYED:
         yield from steps.blocks(model, steps, tokens, input_pos, filled, n, sampler, ends)
         return
     key_pos = attended(model, filled)

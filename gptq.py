@@ -20,7 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Transformer, attention_mask
-from quantize import Int4Linear, by_group, notice
+from quantize import Int4Linear, by_group
+from ranks import notice
 
 SHRINK = [1.0 - 0.03 * i for i in range(16)]    # a group's range is clipped to the best of these: 1.0 ... 0.55
 

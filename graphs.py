@@ -21,7 +21,7 @@ from torch import Tensor
 from experts import GATHER, Gathered, layers
 from generate import Steps, bucket, decode_n_tokens, symbolic
 from model import Transformer
-from quantize import notice
+from ranks import notice
 from sampling import Sampler
 
 BLOCK = 8                               # steps of a graph
@@ -32,32 +32,29 @@ RECORDINGS: weakref.WeakKeyDictionary[Transformer, dict] = weakref.WeakKeyDictio
 
 def decode_blocks(step: Callable, model: Transformer, steps: Steps, tokens: Tensor, input_pos: Tensor, filled: int, n: int,
                   sampler: Sampler, ends: set[int] = frozenset()) -> Iterator[Tensor]:
-    """generate.decode_n_tokens by the block: yields ids [B, BLOCK] that are on the host already, -1 behind a row's end,
-    n columns or a few more. step: the compiled `decode`, without a graph of its own."""
-    state, late, first = State(tokens, input_pos, sampler), None, None
-    if replayable(model, len(tokens)):
-        try:
-            first = recording(step, model, state, filled + BLOCK - 1, ends)
-        except RuntimeError as error:   # what a driver, or an operator that asks the device, may raise
-            FAILED.add(model)
-            notice(f"steps are not replayed as one CUDA graph: {str(error).splitlines()[0]}")
-    if first is None:
-        single = decode_n_tokens(model, steps._replace(blocks=None), tokens, input_pos, filled, n, sampler)
-        while block := list(islice(single, BLOCK)):
-            yield torch.stack(block, 1)
-        return
+    """generate.decode_n_tokens by the block: yields ids [B, BLOCK], -1 behind a row's end, n columns or a few more, which are
+    on the host. Where blocks cannot be recorded: single steps, as many at a time. step: the compiled `decode`, without a
+    graph of its own."""
+    state, wait_for_last = State(tokens, input_pos, sampler), None
     for done in range(0, n, BLOCK):
         block = recording(step, model, state, filled + done + BLOCK - 1, ends)
-        if block.state is not state:
+        if block and block.state is not state:
             block.state.load(state)
             state = block.state
-        block.replay()
-        ids = to_host(block.ids)
-        if late is not None:
-            yield late()                # the host's turn, while the device runs what was just sent
-        late = ids
-    if late is not None:
-        yield late()
+        if block:
+            block.replay()
+        wait = block and to_host(block.ids)
+        if wait_for_last:
+            yield wait_for_last()       # the host's turn, while the device runs what was just sent
+        wait_for_last = wait
+        if not block:
+            singly = decode_n_tokens(model, steps._replace(blocks=None), state.tokens, state.positions, filled + done, n - done,
+                                     state.sampler)
+            while some := list(islice(singly, BLOCK)):
+                yield torch.stack(some, 1)
+            return
+    if wait_for_last:
+        yield wait_for_last()
 
 
 def replayable(model: Transformer, rows: int) -> bool:
@@ -101,15 +98,22 @@ class Recording:
             s.positions += 1
 
 
-def recording(step: Callable, model: Transformer, state: State, filled: int, ends: set[int]) -> Recording:
-    """The recording for such a state, made where there is none. Those of a cache that was outgrown are dropped, and the
-    longest unused one where there are many."""
+def recording(step: Callable, model: Transformer, state: State, filled: int, ends: set[int]) -> Recording | None:
+    """The recording for such a state, made where there is none; None where it cannot be. Those of a cache that was outgrown
+    are dropped, and of many the one least recently used."""
+    if not replayable(model, len(state.tokens)):
+        return None
     kept = RECORDINGS.setdefault(model, {})
     slots, settings = min(bucket(filled), model.cache_slots), replace(state.sampler.settings, seed=0)
-    caches = [kept for layer in model.layers for kept in (layer.attention.cache.k, layer.attention.cache.v)]
-    at = (caches[0].shape, *(kept.data_ptr() for kept in caches))
+    caches = [cache for layer in model.layers for cache in (layer.attention.cache.k, layer.attention.cache.v)]
+    at = (caches[0].shape, *(cache.data_ptr() for cache in caches))
     key = (at, step, len(state.tokens), slots, repr(settings), frozenset(ends))
-    found = kept.pop(key, None) or Recording(step, model, state, slots, ends)
+    try:
+        found = kept.pop(key, None) or Recording(step, model, state, slots, ends)
+    except RuntimeError as error:       # what a driver, or an operator that asks the device, may raise
+        FAILED.add(model)
+        notice(f"steps are not replayed as one CUDA graph: {str(error).splitlines()[0]}")
+        return None
     for old in [k for k in kept if k[0] != at] + list(kept)[:max(0, len(kept) - KEPT + 1)]:
         kept.pop(old, None)
     kept[key] = found

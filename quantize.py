@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu, gpu, gpu_block
+from ranks import notice
 
 GROUPSIZES = (32, 64, 128, 256)
 CHUNK = 1 << 20                         # weights rounded at a time: the float32 copies stay at some 20 MB
@@ -109,8 +110,8 @@ class QuantizedLinear(nn.Module):
     # ---- packing and multiplying
 
     def pack(self) -> "QuantizedLinear":
-        """Lay the weights out for the device they are on. The paths, best first: the CPU kernel; PyTorch's
-        packed operators; dequantizing, which is the meaning itself and works anywhere."""
+        """Lay the weights out for the device they are on. The paths, best first: the CPU's kernel, or the GPU's, which reads
+        them as they are; PyTorch's packed operators; dequantizing, which is the meaning itself and works anywhere."""
         whole_units = self.kernel_group() % cpu.UNIT == 0
         if self.path != "plain":
             return self
@@ -118,8 +119,7 @@ class QuantizedLinear(nn.Module):
             self.pack_for_kernel()
         elif self.scales.device.type in ("cpu", "cuda"):
             self.skinny = gpu.works(self)
-            if not self.skinny or self.bits == 4:           # PyTorch's int4 operator is the best for up to 4 rows
-                self.pack_for_stock()
+            self.pack_for_stock()
         return self
 
     def kernel_group(self) -> int:
@@ -156,7 +156,8 @@ class QuantizedLinear(nn.Module):
             self.path = "stock"
         except (AttributeError, NotImplementedError, RuntimeError) as error:
             self.packed = self.packed_scales = None
-            notice(f"{self.mode} weights are dequantized at every use: {str(error).splitlines()[0]}")
+            if not self.skinny:
+                notice(f"{self.mode} weights are dequantized at every use: {str(error).splitlines()[0]}")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; ids [...] -> rows [..., K]."""
@@ -167,7 +168,7 @@ class QuantizedLinear(nn.Module):
         rows = x.numel() // x.shape[-1]
         elsewhere = self.path == "kernel" and x.device.type != "cpu"                 # a copy of a layer of the host's
         few = 4 if self.skinny else STOCK_ROWS[self.bits]
-        if self.path == "plain" or elsewhere or self.path == "stock" and (rows > few or x.dtype != self.dtype):
+        if self.path in ("plain", "gpu") or elsewhere or self.path == "stock" and (rows > few or x.dtype != self.dtype):
             return gpu.multiply_layer(self, x) if self.skinny and x.dtype == torch.bfloat16 else self.plain_multiply(x)
         if self.perm is not None:
             x = x[..., self.perm]
@@ -231,8 +232,8 @@ class Int8Linear(QuantizedLinear):
         return scales, torch.zeros_like(scales)
 
     def stock_pack(self):
-        if self.groupsize != self.in_features or self.zeros is not None or self.in_features % 16:
-            raise NotImplementedError("PyTorch's int8 operator takes one scale per output and rows of 16 n")
+        if self.groupsize != self.in_features or self.zeros is not None or self.in_features % 16 or self.skinny:
+            raise NotImplementedError("PyTorch's int8 operator takes one scale per output and rows of 16 n; on a GPU it is slow")
         return None, self.scales.flatten().to(self.dtype)      # the weight serves as it is
 
     def stock_multiply(self, x: Tensor) -> Tensor:
@@ -358,13 +359,6 @@ def describe(model: nn.Module) -> str | None:
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     kinds = Counter(m.mode + (f".g{m.groupsize}" if m.kernel_group() else "") for m in layers)
     return " + ".join(kind for kind, _ in kinds.most_common()) or None
-
-
-def notice(text: str, told=set()):
-    """One line on stderr, once."""
-    if text not in told:
-        told.add(text)
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":              # the command stands above checkpoint.py, which loads these layers

@@ -72,6 +72,13 @@ def hush():
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
+def notice(text: str, told=set()):
+    """One line on stderr, once."""
+    if text not in told:
+        told.add(text)
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def fail(message: str):
     """One message, from whichever rank fails first; the others fail because of it."""
     if size() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:

@@ -445,10 +445,11 @@ def plain_step_seconds(model: Transformer, steps: Steps, rows: list[Row], settin
     sampler = Sampler(settings, texts, model.args.vocab_size, device)
     tokens = torch.tensor([text[-1] for text in texts], device=device)
     input_pos = torch.tensor([len(text) - 1 for text in texts], device=device)
-    interval, times = (1, []) if device.type == "cpu" else (PAD // 2, [])
+    interval, times = 1 if device.type == "cpu" or steps.blocks else PAD // 2, []
     decoder = decode_n_tokens(model, steps, tokens, input_pos, max(map(len, texts)), PAD, sampler)
-    for _ in range(8 if interval == 1 else 2):
+    for _ in range(8 if device.type == "cpu" else 2):
         began = time.perf_counter()
-        torch.stack([next(decoder) for _ in range(interval)]).tolist()
-        times.append((time.perf_counter() - began) / interval)
+        ids = torch.cat([next(decoder).view(len(rows), -1) for _ in range(interval)], 1)        # a block may come at a time
+        ids.tolist()
+        times.append((time.perf_counter() - began) / ids.shape[1])
     return statistics.median(times[1:])

@@ -37,12 +37,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "silu_clamped")
 
 # ---- what works here ---------------------------------------------------------------------------------------
 
-def there(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
     """Whether Triton compiles kernels for this device. GPU_KERNELS=0: as if there were none."""
     return triton is not None and os.environ.get("GPU_KERNELS") != "0" and (device.type == "cuda" or INTERPRETED)
 
 
 def succeeds(trial: Callable) -> bool:
+    """A kernel works where a trial of it does: what it is called for is tried once, and told if it fails."""
     try:
         trial()
     except Exception as error:          # whatever a compiler for another machine may raise: PyTorch's operators serve
@@ -53,9 +54,9 @@ def succeeds(trial: Callable) -> bool:
 
 
 def works(layer) -> bool:
-    """Whether the kernel serves a QuantizedLinear where it is: tried, once for each of its forms."""
+    """Whether the kernel serves a QuantizedLinear where it is: once for each of its forms, it is tried."""
     tile, group = tile_of(layer.in_features), layer.groupsize
-    return there(layer.scales.device) and layer.mode in ("int8", "int4") and tile >= 32 \
+    return runs_on(layer.scales.device) and layer.dtype == torch.bfloat16 and layer.mode in ("int8", "int4") and tile >= 32 \
         and (group % tile == 0 or tile % group == 0 and group >= 32 and group & (group - 1) == 0) \
         and tried(layer.bits, layer.zeros is not None, tile, min(group, tile), layer.scales.dtype, layer.scales.device)
 
@@ -102,6 +103,7 @@ if triton is not None:
               for n, warps, stages in ((16, 4, 5), (16, 4, 8), (32, 4, 4), (32, 4, 8), (64, 4, 4), (64, 8, 3))]
 
     def seconds(call: Callable, quantiles: tuple) -> list[float]:
+        """How autotune times a shape, in milliseconds: briefly."""
         return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
     @triton.jit

@@ -10,12 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.gpu import COUNTERS, INTERPRETED, ROWS, counters, succeeds, there, triton
+from kernels.gpu import COUNTERS, INTERPRETED, PROGRAMS, ROWS, counters, runs_on, succeeds, triton
 from model import FEW
 from model import attend as plain_attend
 
 SLOTS = 64                              # of the cache that a program looks at at a time
-PARTS, PROGRAMS = 32, 528               # programs, at most, that share the slots of a key head; all together
+PARTS = 32                              # programs, at most, that share the slots of a key head
 FLEXIBLE = (torch.Tag.flexible_layout,)  # else a compiled step copies mask, cos and sin for each layer, to be sure of strides
 WIDTHS = (16, 32, 64, 128, 256)         # of a head: powers of two
 
@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
            sinks: Tensor | None = None) -> Tensor:
     """model.attend with few queries in the kernel."""
     B, H, T, E = q.shape
-    if T > FEW and H > k.shape[1]:      # PyTorch's operator has no fast form for a mask and shared key heads together
+    if T > FEW and H > k.shape[1] and not cap and sinks is None:        # PyTorch's operator has no fast form for a mask and shared key heads together
         k, v = (t.repeat_interleave(H // k.shape[1], 1) for t in (k, v))
     too_many = T > FEW or H // k.shape[1] * T > ROWS or B * k.shape[1] > COUNTERS
     if too_many or E not in WIDTHS or q.dtype == torch.float32 and not INTERPRETED:
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
 @cache
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention's kernel serves there: tried, once."""
-    if not there(device):
+    if not runs_on(device):
         return False
     q = torch.zeros(1, 2, 1, 64, dtype=dtype, device=device)
     return succeeds(lambda: attend(q, q, q, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), 1.0))

@@ -11,11 +11,11 @@
 //     int8       [panel][unit][half][2 quads][16 outputs][4]    256 bytes a unit: a byte less 128 is the value
 //     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
 // A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
-// high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 32 inputs by a scale of their
-// own, as llama.cpp does; what is lost is measured in the README.
+// high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 16 inputs by a scale of their
+// own (llama.cpp: 32); what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
 // nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16], low and high halves. x comes as
-// blocks of up to 12 rows, [K / 2][rows][2], so that reading it is one stream too.
+// blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2], so that reading it is one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -171,7 +171,7 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   }
 }
 
-// What 32 inputs of x were divided by to become int8, and the sum of the int8.
+// What 16 inputs of x were divided by to become int8, and the sum of the int8.
 struct Rounding { float scale; int32_t sum; };        // the sum's lower 16 bits
 
 // What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
@@ -332,7 +332,7 @@ struct Product {
   bool nibbles = false;               // what the offsets are
   void* y;                            // [M, N]
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
-  std::vector<Rounding> rounding;     // the same, [K / 32][rows]
+  std::vector<Rounding> rounding;     // the same, [K / 16][rows]
   int64_t group = 0;                  // 0: no scales
 };
 

@@ -259,8 +259,11 @@ def main():
     if o.stock:
         os.environ |= {"CPU_KERNELS": "0", "GPU_KERNELS": "0", "GPU_BLOCKS": "0"}
     try:
+        if o.tables and o.stock:
+            raise ValueError("--tables has rows with and without --stock; leave it out")
         if o.tables:
-            return tables.write(o.tables, o.against, ["--device", o.device, "--rounds", str(o.rounds)])
+            return tables.write(o.tables, o.against, ["--device", o.device, "--rounds", str(o.rounds)],
+                                on_gpu=pick_device(o.device).type == "cuda")
         ranks.start(o.device)
         found = measure(o)
     except (ValueError, OSError) as error:

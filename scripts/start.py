@@ -25,7 +25,8 @@ from cli import positive  # noqa: E402
 
 def first_token(o: argparse.Namespace, caches: Path) -> float:
     """Seconds until the first byte of text; ValueError with the program's last line if there is none."""
-    place = {"TORCH_EXTENSIONS_DIR": caches / "kernels", "TORCHINDUCTOR_CACHE_DIR": caches / "graphs", "TMPDIR": caches / "tmp"}
+    place = {"TORCH_EXTENSIONS_DIR": caches / "kernels", "TRITON_CACHE_DIR": caches / "triton",
+             "TORCHINDUCTOR_CACHE_DIR": caches / "graphs", "TMPDIR": caches / "tmp"}
     for folder in place.values():
         folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "generate.py"), "--compile", "--checkpoint_path", o.checkpoint_path, "--prompt", o.prompt,

@@ -27,10 +27,10 @@ GPU_ROWS = [(shape, ["--compile", "--prompt_tokens", "2048", "--new_tokens", "20
 COMPARED = ("llama-3.2-1b", "stories15m")                                            # with others, where compiled
 
 
-def machine() -> str:
+def machine(on_gpu: bool) -> str:
     """Processor or accelerator, versions, commit."""
     name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
+    if on_gpu:
         name = torch.cuda.get_device_name()
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -80,9 +80,9 @@ def peer_table(rows: list[tuple[str, dict]]) -> list[str]:
     return lines + compared if compared else []
 
 
-def write(page: Path, against: list[str], more: list[str], rows: list | None = None):
+def write(page: Path, against: list[str], more: list[str], rows: list | None = None, on_gpu: bool = False):
     """Measure all rows and replace what stands between the page's marks. more: flags for every row."""
-    on_gpu, text = torch.cuda.is_available(), page.read_text()
+    text = page.read_text()
     kind, rows = "gpu speed" if on_gpu else "speed", rows or (GPU_ROWS if on_gpu else ROWS)
     begin, end = f"<!-- {kind} -->\n", f"<!-- /{kind} -->"
     if begin not in text or end not in text:
@@ -91,6 +91,6 @@ def write(page: Path, against: list[str], more: list[str], rows: list | None = N
     for shape, flags in rows:
         compared = against and shape in COMPARED and "--compile" in flags and "--groupsize" not in flags
         found.append((shape, measure(shape, flags, [*more, "--against", ",".join(against)] if compared else more)))
-    lines = [f"{machine()}:", "", *speed_table(found), *peer_table(found)]
+    lines = [f"{machine(on_gpu)}:", "", *speed_table(found), *peer_table(found)]
     before, rest = page.read_text().split(begin)                # it may have been edited meanwhile
     page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])

@@ -2,6 +2,8 @@
 import gc
 from functools import partial
 
+import cli
+import experts
 import generate as g
 import graphs
 import pytest
@@ -18,6 +20,13 @@ def bundled():
     return g.load_model(dtype="float32")
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(g, "REPLAYED", "cpu")
+    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
+    monkeypatch.setattr(graphs, "FAILED", type(graphs.FAILED)())
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The recordings that were made; each is run once before, as on a GPU."""
@@ -28,7 +37,6 @@ def made(monkeypatch):
         found.append(make_fx(lambda: run(graphs.BLOCK))())
         return found[-1]
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
     return found
 
 
@@ -89,7 +97,6 @@ def test_what_is_recorded_is_used_again(bundled, made, monkeypatch):
 def test_the_host_reads_one_block_late(bundled, monkeypatch):
     """While it looks at a block the next one has been sent."""
     sent = []
-    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
     monkeypatch.setattr(graphs, "record", lambda run, generators: lambda: (sent.append(1), run(graphs.BLOCK)))
     model, _ = bundled
     sampler = Sampler(Sampling(temperature=0), [[1]], model.args.vocab_size, torch.device("cpu"))
@@ -103,13 +110,11 @@ def test_the_host_reads_one_block_late(bundled, monkeypatch):
 def test_without_a_graph_single_steps_serve(bundled, monkeypatch, capsys):
     """Told once, and not tried again."""
     tried = []
-    monkeypatch.setattr(graphs, "FAILED", type(graphs.FAILED)())
 
     def record(run, generators):
         tried.append(run)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "RECORDINGS", type(graphs.RECORDINGS)())
     both(bundled, ["Once upon a time"], 30, temperature=0.8, seed=1)
     both(bundled, ["Tom had"], 30, temperature=0.8, seed=1)
     told = capsys.readouterr().err
@@ -117,10 +122,52 @@ def test_without_a_graph_single_steps_serve(bundled, monkeypatch, capsys):
     assert len(tried) == 1
 
 
-def test_a_mixture_that_asks_the_host_is_not_recorded(made):
+def test_a_graph_that_fails_late_does_not_end_the_text(bundled, monkeypatch):
+    """No memory for the second one, say."""
+    made = []
+
+    def record(run, generators):
+        made.append(run)
+        if len(made) > 1:
+            raise RuntimeError("out of memory")
+        return partial(run, graphs.BLOCK)
+    monkeypatch.setattr(graphs, "record", record)
+    both(bundled, ["Once upon a time"], 300, temperature=0.8, seed=1, ignore_eos=True)
+    assert len(made) == 2
+
+
+def test_a_mixture_that_asks_the_host_is_not_recorded():
     model = Transformer(ModelArgs(50, 32, 1, 2, n_experts=4, active_experts=2)).eval()
     assert not graphs.replayable(model, 1)
+    for layer in experts.layers(model):
+        layer.run = experts.Gathered(layer)
+    assert graphs.replayable(model, 4) and not graphs.replayable(model, 5)
     assert graphs.replayable(Transformer(ModelArgs(50, 32, 1, 2)), 32)
+
+
+def test_blocks_are_for_models_on_a_gpu(bundled, monkeypatch):
+    """A model on the CPU of a machine with a GPU runs step by step."""
+    monkeypatch.undo()
+    assert g.REPLAYED == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    steps = g.compile_steps()
+    assert steps.blocks.func is graphs.decode_blocks
+    assert g.generate(*bundled, ["Tom"], max_new_tokens=3, steps=steps._replace(decode=g.decode))[0].ids
+    monkeypatch.setenv("GPU_BLOCKS", "0")
+    assert g.compile_steps().blocks is None
+
+
+def test_the_warm_up_records_what_the_run_replays(made, capsys):
+    """Every number of slots it comes to: nothing is recorded while it is timed."""
+    o = cli.parser().parse_args("--temperature 0.5 --seed 3 --compile --ignore_eos".split())
+    model, tokenizer = g.load_model(dtype="float32")
+    rows = g.rows_for(model, tokenizer, ["Once upon a time"], 290, ignore_eos=True)
+    cli.warm_up(o, model, BLOCKS, rows, 300, tokenizer, None)
+    recorded = len(made)
+    assert recorded == 2
+    for _ in g.generate_rows(model, rows, Sampling.of(model, **cli.sampling_flags(o)), steps=BLOCKS):
+        pass
+    assert len(made) == recorded and len(rows[0].ids) == 290
 
 
 def test_a_model_is_forgotten_with_its_recordings(made):
