@@ -35,32 +35,33 @@ def decode_blocks(step: Callable, model: Transformer, steps: Steps, tokens: Tens
     """generate.decode_n_tokens by the block: yields ids [B, BLOCK], -1 behind a row's end, n columns or a few more, which are
     on the host. Where blocks cannot be recorded: single steps, as many at a time. step: the compiled `decode`, without a
     graph of its own."""
-    state, wait_for_last = State(tokens, input_pos, sampler), None
+    state, block, wait_for_last = State(tokens, input_pos, sampler), None, None
     for done in range(0, n, BLOCK):
         block = recording(step, model, state, filled + done + BLOCK - 1, ends)
-        if block and block.state is not state:
+        if block is None:
+            break
+        if block.state is not state:
             block.state.load(state)
             state = block.state
-        if block:
-            block.replay()
-        wait = block and to_host(block.ids)
+        block.replay()
+        wait = to_host(block.ids)
         if wait_for_last:
             yield wait_for_last()       # the host's turn, while the device runs what was just sent
         wait_for_last = wait
-        if not block:
-            singly = decode_n_tokens(model, steps._replace(blocks=None), state.tokens, state.positions, filled + done, n - done,
-                                     state.sampler)
-            while some := list(islice(singly, BLOCK)):
-                yield torch.stack(some, 1)
-            return
     if wait_for_last:
         yield wait_for_last()
+    if n > 0 and block is None:
+        singly = decode_n_tokens(model, steps._replace(blocks=None), state.tokens, state.positions, filled + done, n - done,
+                                 state.sampler)
+        while some := list(islice(singly, BLOCK)):
+            yield torch.stack(some, 1)
 
 
 def replayable(model: Transformer, rows: int) -> bool:
     """Whether a step asks the host nothing: a mixture must find its experts on the device. And none has failed before."""
-    return model not in FAILED and all(isinstance(layer.run, Gathered) and None not in (layer.run.up, layer.run.down) and rows <= GATHER
-               for layer in layers(model))
+    return model not in FAILED and all(
+        rows <= GATHER and isinstance(layer.run, Gathered) and None not in (layer.run.up, layer.run.down)
+        for layer in layers(model))
 
 
 class State:
