@@ -476,7 +476,7 @@ def main(argv: list[str] | None = None, p: argparse.ArgumentParser | None = None
         if isinstance(error, BrokenPipeError):                      # the reader has enough: not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        ranks.fail(str(error))
+        ranks.fail(error)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        ranks.fail(str(error) or type(error).__name__)
+        ranks.fail(error)
         return 2 if type(error) is ValueError else 1
 
 

@@ -79,8 +79,11 @@ def notice(text: str, told=set()):
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def fail(message: str):
+def fail(reason: str | Exception):
     """One message, from whichever rank fails first; the others fail because of it."""
+    message = str(reason) or type(reason).__name__
+    if isinstance(reason, OSError) and reason.strerror and reason.filename:
+        message = f"'{reason.filename}': {reason.strerror}"     # without the number
     if size() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
         print(f"error: {message}", file=sys.__stderr__ if rank() else sys.stderr, flush=True)    # others are hushed
 

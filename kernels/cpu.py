@@ -51,7 +51,9 @@ def available(quantized: bool = False) -> bool:
 
 
 def load(kinds: list[tuple]) -> bool:
-    if os.environ.get("CPU_KERNELS") == "0":
+    if (wish := os.environ.get("CPU_KERNELS", "")) not in ("", "0", "1", "weight_only"):
+        print(f"note: CPU_KERNELS={wish} is not known and ignored; 0 and weight_only are", file=sys.stderr, flush=True)
+    if wish == "0":
         return False
     try:
         with ThreadPoolExecutor() as pool:
@@ -63,7 +65,7 @@ def load(kinds: list[tuple]) -> bool:
               file=sys.stderr, flush=True)
         return False
     for library in ["cpu_bfloat16"] * (PLAIN[0] in kinds) + ["cpu_kernels"] * (QUANTIZED[0] in kinds):
-        getattr(torch.ops, library).round_activations(os.environ.get("CPU_KERNELS") != "weight_only")
+        getattr(torch.ops, library).round_activations(wish != "weight_only")
         torch.library.register_fake(f"{library}::linear", shape_of_linear)
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:

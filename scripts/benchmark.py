@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
 
 def report(o, found: dict):
     read_mb = found["bytes_per_token"] / 1e6
-    print(f"{Path(o.config).stem}, {read_mb:.1f} MB a token, {found['quant'] or o.dtype} on {found['device']}, "
+    print(f"{Path(o.config).stem}, {read_mb:.1f} MB a token, {found['quant'] or o.dtype}, {tables.steps(found)}, on {found['device']}, "
           f"{found['threads']} threads, torch {found['torch']}, commit {found['commit']}")
     print(f"bandwidth probe  {found['bandwidth_probe_gbs']:8.1f} GB/s")
     print(f"decode           {found['decode_tok_s']:8.1f} tok/s   {found['bandwidth_gbs']:.1f} GB/s, "
@@ -265,9 +265,11 @@ def main():
             return tables.write(o.tables, o.against, ["--device", o.device, "--rounds", str(o.rounds)],
                                 on_gpu=pick_device(o.device).type == "cuda")
         ranks.start(o.device)
+        if not o.json:
+            print(f"timing {Path(o.config).stem} with random weights, {o.rounds} rounds ...", file=sys.stderr)
         found = measure(o)
     except (ValueError, OSError) as error:
-        ranks.fail(str(error))
+        ranks.fail(error)
         sys.exit(1)
     print(json.dumps(found)) if o.json else report(o, found)
 

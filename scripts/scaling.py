@@ -82,7 +82,8 @@ def say(text: str):
 # ---- the page ----------------------------------------------------------------------------------------------
 
 def page(o: argparse.Namespace, found: dict) -> str:
-    lines = ["# How cost grows", "", f"Made by `python scripts/scaling.py` on {machine()}. Shape {o.shape} unless said otherwise, "
+    on = machine(pick_device(o.device).type == "cuda")
+    lines = ["# How cost grows", "", f"Made by `python scripts/scaling.py` on {on}. Shape {o.shape} unless said otherwise, "
              "random weights, batch 1, eager steps, medians. *Modelled*: bytes read / bandwidth probed around the measurement.", "",
              "## Precision", "", "| weights | MB a token | decode | share of the probe | prefill of 512 |", "|---|---:|---:|---:|---:|"]
     lines += [f"| {MODES[m]} | {b / 1e6:,.0f} | {s:.1f} tok/s | {share:.0%} of {probe / 1e9:.1f} GB/s | {p:.0f} tok/s |"
