@@ -32,7 +32,6 @@ TILE = 128                              # inputs that a program looks at at a ti
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"                           # it can neither multiply nor round bfloat16
 COUNTERS = 1 << 14                      # groups of programs that may be counted at a time
 PROGRAMS = 528                          # wanted, four for each multiprocessor of a large GPU
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "silu_clamped")
 
 
 # ---- what works here ---------------------------------------------------------------------------------------

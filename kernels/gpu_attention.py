@@ -24,7 +24,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: flo
            sinks: Tensor | None = None) -> Tensor:
     """model.attend with few queries in the kernel."""
     B, H, T, E = q.shape
-    if T > FEW and H > k.shape[1] and not cap and sinks is None:        # PyTorch's operator has no fast form for a mask and shared key heads together
+    if T > FEW and H > k.shape[1] and not cap and sinks is None:
+        # PyTorch's operator has no fast form for a mask and shared key heads together
         k, v = (t.repeat_interleave(H // k.shape[1], 1) for t in (k, v))
     too_many = T > FEW or H // k.shape[1] * T > ROWS or B * k.shape[1] > COUNTERS
     if too_many or E not in WIDTHS or q.dtype == torch.float32 and not INTERPRETED:
