@@ -151,19 +151,24 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def in_large_pages(nbytes: int) -> Tensor:
-    """Empty bytes, in pages of 2 MB where the system has such: the processor reads ahead within a page only, and a pass
+    """Empty bytes, in large pages where they fill some."""
+    return torch.frombuffer(room, dtype=torch.uint8) if (room := large_pages(nbytes)) else torch.empty(nbytes, dtype=torch.uint8)
+
+
+def large_pages(nbytes: int) -> mmap.mmap | None:
+    """Memory in pages of 2 MB where the system has such: the processor reads ahead within a page only, and a pass
     over the weights is about 5 % faster. But the host of a virtual machine may put such a page together from 512 small
     ones when it is first touched, in 5 ms, which makes seconds of a large model's start. Where that is seen in a program
     in a HURRY, one that answers a single prompt, pages stay small."""
     if nbytes < 4 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return None
     room = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if not HURRY.get("pages are slow"):
         room.madvise(mmap.MADV_HUGEPAGE)
         if HURRY and min(touch(room, 0), touch(room, LARGE_PAGE)) > 1e-3:
             HURRY["pages are slow"] = True
             room.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.uint8)
+    return room
 
 
 def touch(room: mmap.mmap, at: int) -> float:
@@ -280,6 +285,23 @@ def pack_part(model: nn.Module, part: nn.Module):
         packed = PackedTable(weight.data) if tied else PackedLinear(weight.data, module.bias)
         setattr(part.get_submodule(parent), leaf, packed)
         module.weight = None
+    if part is model:
+        gather_small(model)
+
+
+def gather_small(model: nn.Module):
+    """Move what is packed but too small for large pages of its own, scales and narrow matrices, into one room of them."""
+    def small(name: str, t: Tensor | None) -> bool:     # an expert's tensors lie in one room already, as views of it
+        return name.startswith("packed") and t is not None and t.device.type == "cpu" and \
+            t.nbytes == t.untyped_storage().nbytes() and (name != "packed" or t.nbytes < 4 * LARGE_PAGE)
+    found = [(module, name, t) for module in model.modules() for name, t in module._buffers.items() if small(name, t)]
+    room, at = large_pages(sum(padded(t.nbytes, 64) for *_, t in found)), 0
+    if not room or HURRY.get("pages are slow"):
+        return
+    while found:                        # one by one, so that what was moved is free
+        module, name, t = found.pop()
+        module._buffers[name] = torch.frombuffer(room, dtype=t.dtype, count=t.numel(), offset=at).view(t.shape).copy_(t)
+        at += padded(t.nbytes, 64)
 
 
 def by_call(x: Tensor) -> bool:

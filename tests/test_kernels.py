@@ -8,6 +8,7 @@ import torch
 from generate import load_model
 from kernels import cpu
 from model import KVCache, ModelArgs, RMSNorm, attend, attention_mask, rotate
+from quantize import KINDS
 
 SHAPES = [  # B, H, K, T, S, E, window, cap
     (1, 6, 6, 1, 256, 48, 0, 0.0),          # E is not a power of two
@@ -173,3 +174,17 @@ def test_large_pages_that_take_long_are_left_alone(seconds, slow, monkeypatch):
         assert cpu.in_large_pages(9 << 20).fill_(1).sum() == 9 << 20
     assert cpu.HURRY["pages are slow"] == slow
     assert len(list(seconds)) == (6 if slow else 2)     # once it is known nobody looks again
+
+
+def test_small_tensors_share_large_pages(monkeypatch):
+    """Scales and narrow matrices move into one room, views of something larger stay, and products are what they were."""
+    needs_compiler()
+    layers = torch.nn.ModuleList(KINDS[mode].quantize(torch.randn(96, 64), 32).pack() for mode in ("int4", "int8", "int4"))
+    layers[2].packed = torch.cat([layers[2].packed] * 2).chunk(2)[1]                 # as an expert's
+    x, stays = torch.randn(2, 64), layers[2].packed.data_ptr()
+    before = [layer(x) for layer in layers]
+    monkeypatch.setattr(cpu, "LARGE_PAGE", 2048)
+    cpu.gather_small(layers)
+    moved = sorted(t.data_ptr() for layer in layers for t in (layer.packed, layer.packed_scales) if t.data_ptr() != stays)
+    assert layers[2].packed.data_ptr() == stays and moved[-1] - moved[0] < 1 << 16
+    assert all(map(torch.equal, before, (layer(x) for layer in layers)))
