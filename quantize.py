@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, gpu, gpu_block
+from kernels import cpu, cpu_block, gpu, gpu_block
 from ranks import notice
 
 GROUPSIZES = (32, 64, 128, 256)
@@ -352,6 +352,7 @@ def pack_part(model: nn.Module, part: nn.Module):
             module.pack()
     cpu.pack_part(model, part)
     gpu_block.pack_part(model, part)
+    cpu_block.pack_part(model, part)
 
 
 def describe(model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "vectors.h"
 
 namespace {
@@ -22,20 +23,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
-
-// e^x for x <= 0: 2^n e^f with |f| <= ln 2 / 2, the latter by its series; 2e-7 off at most.
-inline floats exponential(floats x) {
-  const floats lowest = floats{} - 87.0f;
-  x = x > lowest ? x : lowest;                                                       // -inf as well
-  const ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
-  const floats whole = __builtin_convertvector(n, floats);
-  const floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  floats p = f * (1 / 720.0f) + 1 / 120.0f;
-  p = p * f + 1 / 24.0f;
-  p = p * f + 1 / 6.0f;
-  p = (p * f + 0.5f) * f * f + f + 1.0f;
-  return p * (floats)((n + 127) << 23);
-}
 
 // c tanh(x / c)
 inline floats soft_cap(floats x, float cap) {
@@ -172,33 +159,26 @@ std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, in
   return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
 }
 
-// q, k, v, mask as below, their last dimension in one piece -> out [B, T, H, E].
-template <class X>
-void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale, double cap,
-                X* out) {
-  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), K = k.size(1), S = k.size(2), R = H / K * T;
-  const X *q0 = q.const_data_ptr<X>(), *k0 = k.const_data_ptr<X>(), *v0 = v.const_data_ptr<X>();
-  const bool* mask0 = mask.const_data_ptr<bool>();
-  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides(), mask_strides = mask.strides();
-  const int64_t room = (S + 31) / LANES * LANES;
-  const int64_t grain = std::max<int64_t>(1, 65536 / (S * R * E));                   // as in linear.cpp
-  at::parallel_for(0, B * K, grain, [&](int64_t begin, int64_t end) {
+template <class X> void attend_all(const Attention& a) {
+  const int64_t H = a.H, T = a.T, E = a.E, R = H / a.K * T, room = (a.S + 31) / LANES * LANES;
+  const X *q = (const X*)a.q, *k = (const X*)a.k, *v = (const X*)a.v;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (a.S * R * E));                 // as in linear.cpp
+  at::parallel_for(0, a.B * a.K, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scores, y;
     thread_local std::vector<Query<X>> queries;
     scores.resize(R * room), y.resize(R * E), queries.resize(R * E);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / K, kv = i % K;
-      const auto head_of = [&](int64_t r) { return kv * (H / K) + r / T; };
-      const Head<X> h{k0 + b * k_strides[0] + kv * k_strides[1], v0 + b * v_strides[0] + kv * v_strides[1],
-                      k_strides[2], v_strides[2], E, T, mask0 + b * mask_strides[0], mask_strides[2], float(scale),
-                      float(cap)};
-      const auto [first, last] = seen(h.mask, h.mask_stride, T, S);
+      const int64_t b = i / a.K, kv = i % a.K;
+      const auto head_of = [&](int64_t r) { return kv * (H / a.K) + r / T; };
+      const Head<X> h{k + b * a.k_strides[0] + kv * a.k_strides[1], v + b * a.v_strides[0] + kv * a.v_strides[1],
+                      a.k_strides[2], a.v_strides[2], E, T, a.mask + b * a.mask_strides[0], a.mask_strides[1],
+                      float(a.scale), float(a.cap)};
+      const auto [first, last] = seen(h.mask, h.mask_stride, T, a.S);
       for (int64_t r = 0; r < R; r++)
-        std::copy_n(q0 + b * q_strides[0] + head_of(r) * q_strides[1] + r % T * q_strides[2], E,
-                    queries.data() + r * E);
+        std::copy_n(q + b * a.q_strides[0] + head_of(r) * a.q_strides[1] + r % T * a.q_strides[2], E, queries.data() + r * E);
       attend_head(h, queries.data(), R, first, last, scores.data(), room, y.data());
       for (int64_t r = 0; r < R; r++)
-        std::copy_n(y.data() + r * E, E, out + ((b * T + r % T) * H + head_of(r)) * E);
+        std::copy_n(y.data() + r * E, E, (X*)a.out + ((b * T + r % T) * H + head_of(r)) * E);
     }
   });
 }
@@ -206,7 +186,9 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 // q [B, H, T, E]; k, v [B, K, S, E] of the same dtype, float32 or bfloat16; mask bool [B, 1, T, S], true: visible
 // -> q's shape, in memory [B, T, H, E]. E is a multiple of 16; every query sees a slot. cap 0: no soft cap of the
 // scores.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale, double cap) {
+Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& visible, double scale, double cap) {
+  const auto rows = [](const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); };
+  const Tensor q = rows(query), k = rows(key), v = rows(value), mask = rows(visible);
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3);
   const int64_t sizes[] = {B, H, T, E}, strides[] = {T * H * E, E, H * E, 1};
   int32_t type;
@@ -214,14 +196,15 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   AtenTensorHandle made;            // torch::stable::empty would look its operator up by name at every call
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &made));
   const Tensor out(made);
-  const auto rows = [](const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); };
-  const auto run = [&](auto zero) {
-    using X = decltype(zero);
-    attend_all<X>(rows(q), rows(k), rows(v), rows(mask), scale, cap, out.mutable_data_ptr<X>());
-  };
-  if (type == aoti_torch_dtype_bfloat16()) run(at::BFloat16()); else run(float());
+  Attention a{q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr<bool>(), out.mutable_data_ptr(),
+              B, H, T, E, k.size(1), k.size(2), scale, cap};
+  for (int i = 0; i < 3; i++) a.q_strides[i] = q.stride(i), a.k_strides[i] = k.stride(i), a.v_strides[i] = v.stride(i);
+  a.mask_strides[0] = mask.stride(0), a.mask_strides[1] = mask.stride(2);
+  if (type == aoti_torch_dtype_bfloat16()) attend_all<at::BFloat16>(a); else attend_all<float>(a);
   return out;
 }
+
+int64_t address() { return (int64_t)(Attend*)&attend_all<at::BFloat16>; }            // for step.cpp
 
 }  // namespace
 
@@ -231,6 +214,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
 
 STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, float cap) -> Tensor");
+  m.def("address() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("address", TORCH_BOX(&address)); }

@@ -1,10 +1,10 @@
 """The CPU kernels, linear.cpp, attention.cpp and step.cpp: built once, called as operators, and the layout they read.
 
 What it is: `available` builds and loads the operators, `pack` lays weights out, `linear` and `attend` call them, and
-`rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_model` puts a model on
-them. What it is not: a quantizer; int8 and int4 values come from quantize.py, which is what to read next. Without
-a C++ compiler nothing breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that;
-CPU_KERNELS=weight_only leaves activations in bfloat16 where they would be rounded to int8.
+`rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_part` puts a model on
+them, block by block. What it is not: a quantizer; int8 and int4 values come from quantize.py. Without a C++ compiler nothing
+breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that; CPU_KERNELS=weight_only leaves
+activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs a block in one call, is what to read next.
 """
 import hashlib
 import mmap
@@ -30,6 +30,7 @@ from model import rotate as plain_rotate
 PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attention.cpp",), ("step.cpp",))
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
+HEADERS = ("vectors.h", "calls.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -70,6 +71,9 @@ def load(kinds: list[tuple]) -> bool:
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:
         torch.library.register_fake("cpu_attention::attend", shape_of_attend)
+        torch.library.register_fake("cpu_step::block", lambda x, *rest: torch.empty_like(x))
+    torch.ops.cpu_step.connect(torch.ops.cpu_attention.address(), torch.ops.cpu_bfloat16.address(),
+                               torch.ops.cpu_kernels.address() if QUANTIZED[0] in kinds else 0)
     return True
 
 
@@ -88,7 +92,7 @@ def build(name: str, *defines: str) -> Path:
     root, source = Path(torch.__path__[0]), Path(__file__).with_name(name)
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    told = [source.read_text(), source.with_name("vectors.h").read_text(), torch.__version__, *FLAGS, *defines, instruction_set()]
+    told = [source.read_text(), *(source.with_name(header).read_text() for header in HEADERS), torch.__version__, *FLAGS, *defines, instruction_set()]
     file = f"{source.stem}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
     library = cache_folder() / file
     if not library.exists():

@@ -1,17 +1,22 @@
-// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries.
+// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And a whole
+// block of the model in one call, which has linear.cpp multiply and attention.cpp attend.
 //
-// What it is: one call for each where PyTorch's operators take nine, eight and four, a fifth of a step's time where a
-// step is not compiled. The roundings are model.py's. What it is not: for compiled steps, whose compiler makes loops of
-// these that fit what stands beside them.
+// What it is: what lies between the large kernels, a fifth of an uncompiled step's time and an eighth of a compiled one's
+// when PyTorch's operators or its compiler's loops do it. The roundings are model.py's. What it is not: a model; cpu_block.py
+// says which blocks go this way, and model.TransformerBlock is what they mean.
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/stable/library.h>          // parsed in a quarter of torch/library.h's time
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 #include <type_traits>
+#include <vector>
 
+#include "calls.h"
 #include "vectors.h"
 
 namespace {
@@ -50,7 +55,7 @@ inline void store16(at::BFloat16* p, floats v) {
 #endif
 }
 
-// x [D] -> y [D]. cast: round before the scale multiplies, and after; plus: what is added to the scale.
+// x [D] -> y [D], which may be x. cast: round before the scale multiplies, and after; plus: what is added to the scale.
 template <class X> void norm_row(const X* x, const X* scale, int64_t D, float eps, bool cast, float plus, X* y) {
   floats squares = {};
   int64_t i = 0;
@@ -59,8 +64,9 @@ template <class X> void norm_row(const X* x, const X* scale, int64_t D, float ep
   for (; i < D; i++) total += float(x[i]) * float(x[i]);
   const float inverse = 1 / std::sqrt(total / D + eps);
   for (i = 0; i + LANES <= D; i += LANES) {
-    store16(y + i, load16(x + i) * inverse);
-    store16(y + i, (cast ? load16(y + i) : load16(x + i) * inverse) * (load16(scale + i) + plus));
+    floats v = load16(x + i) * inverse;
+    if (cast) store16(y + i, v), v = load16(y + i);
+    store16(y + i, v * (load16(scale + i) + plus));
   }
   for (; i < D; i++) {
     const float v = float(x[i]) * inverse;
@@ -83,7 +89,20 @@ Tensor norm(const Tensor& input, const Tensor& scale, double eps, bool cast, dou
   return y;
 }
 
-// Turn the pairs (j, j + n) of x's first 2n dimensions. x [B, H, T, E], rows of E in one piece; cos, sin [B, 1, T, n] float32.
+// Pairs (j, j + n) of x [2n], turned -> y [2n], which may be x.
+template <class X> void turn(const X* x, const float* cos, const float* sin, int64_t n, X* y) {
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    const floats first = load16(x + j), second = load16(x + j + n), c = load16(cos + j), s = load16(sin + j);
+    store16(y + j, first * c - second * s), store16(y + j + n, second * c + first * s);
+  }
+  for (; j < n; j++) {
+    const float first = x[j], second = x[j + n];
+    y[j] = first * cos[j] - second * sin[j], y[j + n] = second * cos[j] + first * sin[j];
+  }
+}
+
+// The same for the first 2n dimensions of heads. x [B, H, T, E], rows of E in one piece; cos, sin [B, 1, T, n] float32.
 Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines) {
   const Tensor x = input.stride(3) == 1 ? input : whole(input), cos = whole(cosines), sin = whole(sines);
   const int64_t B = x.size(0), H = x.size(1), T = x.size(2), E = x.size(3), n = cos.size(3);
@@ -100,10 +119,7 @@ Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines) {
         const X* from = x0 + b * strides[0] + h * strides[1] + t * strides[2];
         const float *c = cos0 + (b * T + t) * n, *s = sin0 + (b * T + t) * n;
         X* to = y0 + i * E;
-        for (int64_t j = 0; j < n; j++) {
-          const float first = from[j], second = from[j + n];
-          to[j] = first * c[j] - second * s[j], to[j + n] = second * c[j] + first * s[j];
-        }
+        turn(from, c, s, n, to);
         std::copy_n(from + 2 * n, E - 2 * n, to + 2 * n);
       }
     });
@@ -132,6 +148,151 @@ void keep(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const T
   copy(k, k_cache), copy(v, v_cache);
 }
 
+// ---- a whole block ------------------------------------------------------------------------------------------------
+
+using bfloat16 = at::BFloat16;
+
+struct Norm {
+  const bfloat16* scale;              // null: there is none
+  int64_t cast, plus;
+  double eps;
+};
+
+// model.TransformerBlock as cpu_block.py writes it down, in fields of 8 bytes.
+struct Block {
+  Matrix wqkv, wo, w13, w2;
+  Norm attention_norm, q_norm, k_norm, post_attention_norm, ffn_norm, post_ffn_norm;
+  int64_t H, K, E, over_heads;        // whether q_norm and k_norm go over all heads together
+  int64_t activation;                 // of the feed-forward: 1 silu, 2 gelu_tanh; 0: it is not among this
+  double scale, cap, residual_scale;
+};
+
+Attend* attend = nullptr;             // other libraries' functions
+Multiply *multiply_bfloat16 = nullptr, *multiply_quantized = nullptr;
+
+void connect(int64_t attention, int64_t bfloat16, int64_t quantized) {
+  attend = (Attend*)attention, multiply_bfloat16 = (Multiply*)bfloat16, multiply_quantized = (Multiply*)quantized;
+}
+
+// f(row) for all of them, by threads where there is work enough.
+template <class F> void by_row(int64_t rows, int64_t width, const F& f) {
+  at::parallel_for(0, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) f(r);
+  });
+}
+
+void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
+
+// x [rows, D] normed, in `room`; or x itself.
+const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, std::vector<bfloat16>& room) {
+  if (!n.scale) return x;
+  room.resize(rows * D);
+  by_row(rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, room.data() + r * D); });
+  return room.data();
+}
+
+// y [n] += alpha * x
+void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store16(y + i, load16(y + i) + alpha * load16(x + i));
+  for (; i < n; i++) y[i] = float(y[i]) + alpha * float(x[i]);
+}
+
+// x [rows, K] -> y [rows, N]
+void multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& y) {
+  y.resize(rows * m.N);
+  (m.bits == 16 ? multiply_bfloat16 : multiply_quantized)(m, x, rows, y.data());
+  for (int64_t r = 0; m.bias && r < rows; r++) add_row(m.bias, 1, m.N, y.data() + r * m.N);
+}
+
+// y [rows, D] += alpha * norm(x)
+void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, std::vector<bfloat16>& room, bfloat16* y) {
+  add_row(normed(n, x, rows, D, room), alpha, rows * D, y);
+}
+
+inline floats sigmoid(floats x) {
+  const floats t = exponential(x < 0 ? x : -x);
+  return (x < 0 ? t : floats{} + 1.0f) / (1.0f + t);
+}
+
+// h [2F], gate | up -> y [F]; the activation is rounded before it multiplies.
+void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
+  for (int64_t i = 0; i < F; i += LANES) {            // F is a multiple of LANES
+    const floats x = load16(h + i);
+    const floats u = silu ? x : (x + 0.044715f * x * x * x) * 1.5957691216f;         // (1 + tanh(u / 2)) / 2 = sigmoid(u)
+    store16(y + i, x * sigmoid(u));
+    store16(y + i, load16(y + i) * load16(h + F + i));
+  }
+}
+
+struct Rows { int64_t B, T, D; bfloat16* x; };         // x [B, T, D], changed in place
+
+// q, k and v of one token [(H + 2K) E]: norms and rotation of q and k.
+void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, int64_t n) {
+  const int64_t E = w.E, widths[] = {w.H * E, w.K * E};
+  for (int part = 0; part < 2; qkv += widths[part++]) {
+    const Norm& norm = part ? w.k_norm : w.q_norm;
+    const int64_t D = w.over_heads ? widths[part] : E;
+    for (int64_t at = 0; norm.scale && at < widths[part]; at += D) norm_row(norm, qkv + at, D, qkv + at);
+    for (int64_t at = 0; at < widths[part]; at += E) turn(qkv + at, cos, sin, n, qkv + at);
+  }
+}
+
+// x += attention(norm(x)); k and v [B or more, K, S, E] at slots pos [B, T]; cos, sin [B, T, n]; mask [B, T, S].
+void attention_half(const Block& w, const Rows& rows, const Tensor& k_cache, const Tensor& v_cache, const int64_t* pos,
+                    const float* cos, const float* sin, int64_t n, const Tensor& mask) {
+  thread_local std::vector<bfloat16> room, qkv, y;
+  const auto [B, T, D, x] = rows;
+  const int64_t H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
+  const auto k_strides = k_cache.strides(), v_strides = v_cache.strides();
+  bfloat16 *k = k_cache.mutable_data_ptr<bfloat16>(), *v = v_cache.mutable_data_ptr<bfloat16>();
+  multiply(w.wqkv, normed(w.attention_norm, x, B * T, D, room), B * T, qkv);
+  by_row(B * T, width, [&](int64_t r) {
+    bfloat16* row = qkv.data() + r * width;
+    prepare(w, row, cos + r * n, sin + r * n, n);
+    for (int64_t h = 0; h < K; h++) {
+      std::copy_n(row + (H + h) * E, E, k + r / T * k_strides[0] + h * k_strides[1] + pos[r] * k_strides[2]);
+      std::copy_n(row + (H + K + h) * E, E, v + r / T * v_strides[0] + h * v_strides[1] + pos[r] * v_strides[2]);
+    }
+  });
+  y.resize(B * T * H * E);
+  attend({qkv.data(), k, v, mask.const_data_ptr<bool>(), y.data(), B, H, T, E, K, mask.size(3), w.scale, w.cap,
+          {T * width, E, width}, {k_strides[0], k_strides[1], k_strides[2]}, {v_strides[0], v_strides[1], v_strides[2]},
+          {mask.stride(0), mask.stride(2)}});
+  multiply(w.wo, y.data(), B * T, qkv);
+  add(w.post_attention_norm, qkv.data(), B * T, D, w.residual_scale, room, x);
+}
+
+// x += feed_forward(norm(x))
+void feed_forward_half(const Block& w, const Rows& rows) {
+  thread_local std::vector<bfloat16> room, h, y;
+  const int64_t n = rows.B * rows.T, F = w.w13.N / 2;
+  multiply(w.w13, normed(w.ffn_norm, rows.x, n, rows.D, room), n, h);
+  y.resize(n * F);
+  by_row(n, F, [&](int64_t r) { gate_row(h.data() + r * 2 * F, F, w.activation == 1, y.data() + r * F); });
+  multiply(w.w2, y.data(), n, h);
+  add(w.post_ffn_norm, h.data(), n, rows.D, w.residual_scale, room, rows.x);
+}
+
+// x [B, T, D] bfloat16; form: a Block; caches [B or more, K, S or more, E]; pos [B, T]; cos, sin [B, 1, T, n] float32, or none;
+// mask [B, 1, T, S] -> x's shape.
+Tensor block(const Tensor& input, const Tensor& form, const Tensor& k_cache, const Tensor& v_cache, const Tensor& pos,
+             const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines, const Tensor& visible) {
+  const Block& w = *(const Block*)form.const_data_ptr();
+  const Tensor from = whole(input), slots = whole(pos), mask = visible.stride(3) == 1 ? visible : whole(visible);
+  const Tensor x = make(from, from.sizes(), from.strides());
+  const Rows rows{from.size(0), from.size(1), from.size(2), x.mutable_data_ptr<bfloat16>()};
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows.B * rows.T; i++)
+    TORCH_CHECK_INDEX(slot[i] >= 0 && slot[i] < k_cache.size(2), "position ", slot[i], " in a cache of ", k_cache.size(2), " slots");
+  std::copy_n(from.const_data_ptr<bfloat16>(), rows.B * rows.T * rows.D, rows.x);
+  const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
+  const int64_t n = cosines ? cos.size(3) : 0;
+  attention_half(w, rows, k_cache, v_cache, slot, (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), n, mask);
+  if (w.activation) feed_forward_half(w, rows);
+  return x;
+}
+
 }  // namespace
 
 #ifndef LIBRARY
@@ -142,10 +303,16 @@ STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("norm(Tensor x, Tensor scale, float eps, bool cast, float plus) -> Tensor");
   m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("keep(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor pos) -> ()");
+  m.def("connect(int attention, int bfloat16, int quantized) -> ()");
+  m.def("block(Tensor x, Tensor form, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("keep", TORCH_BOX(&keep));
+  m.impl("block", TORCH_BOX(&block));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("connect", TORCH_BOX(&connect)); }

@@ -1,0 +1,30 @@
+// What step.cpp has linear.cpp and attention.cpp do within a block. They are libraries of their own, so that they build at
+// the same time; it gets the addresses of these functions.
+#pragma once
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+// A packed weight, as `pack` in cpu.py lays it out. Fields of 8 bytes, which cpu.py writes one behind another.
+struct Matrix {
+  int64_t N, K, bits, group;
+  const void *w, *scales;
+  int64_t scale_type;                 // at::ScalarType
+  const void* offsets;
+  int64_t nibbles;                    // what the offsets are
+  const at::BFloat16* bias;
+};
+
+// y [rows, N] = x [rows, K] @ w.T, without the bias
+using Multiply = void(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y);
+
+// softmax(q @ k.T * scale) @ v, of one dtype (step.cpp's: bfloat16), with rows of E in one piece.
+struct Attention {
+  const void *q, *k, *v;              // [B, H, T, E], and [B, K, S, E]
+  const bool* mask;                   // [B, T, S], true: visible
+  void* out;                          // [B, T, H, E]
+  int64_t B, H, T, E, K, S;
+  double scale, cap;                  // cap 0: no soft cap of the scores
+  int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[2];
+};
+using Attend = void(const Attention& a);

@@ -1,0 +1,124 @@
+"""A block in one call against model.TransformerBlock, which it stands for: the same packed layers, one operator after
+another."""
+import copy
+import re
+
+import pytest
+import torch
+
+from experts import pack_model
+from generate import compile_steps, load_model, make_room
+from kernels import cpu
+from kernels.cpu_block import OneCall
+from model import FEW, ModelArgs, RopeArgs, Transformer, TransformerBlock
+from quantize import KINDS
+
+FAMILIES = {  # what a block may have beside Llama's
+    "llama": {},
+    "biases": dict(qkv_bias=True, o_bias=True, ffn_bias=True),
+    "head norms": dict(qk_norm="head", norm_style="float32"),
+    "norms over all heads, behind": dict(qk_norm="full", attention_norm=False, ffn_norm=False, post_attention_norm=True,
+                                         post_ffn_norm=True),
+    "gemma": dict(norm_style="gemma", activation="gelu_tanh", post_attention_norm=True, post_ffn_norm=True, qk_norm="head",
+                  attention_softcap=20.0, layer_windows=[6, 0], attention_scale=0.1),
+    "granite": dict(residual_scale=0.3),
+    "a layer without rotation": dict(layer_ropes=[0, -1]),
+    "half of a head turned": dict(ropes=[RopeArgs(dim=16)]),
+    "exact gelu": dict(activation="gelu"),                                           # its second half stays outside
+    "mixture": dict(n_experts=4, active_experts=2, dense_layers=[1]),
+}
+
+
+def packed_model(mode: str = "", **more) -> Transformer:
+    if not cpu.available(quantized=True):
+        pytest.skip("there is no C++ compiler")
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(96, 128, 2, 4, n_kv_heads=2, ffn_dim=192, **more)).bfloat16().eval()
+    for p in model.parameters():
+        p.requires_grad_(False).add_(torch.randn_like(p) * 0.1)
+    for parent in [m for m in model.modules() if mode]:
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear:
+                setattr(parent, name, KINDS[mode].quantize(layer.weight.data, 32 if mode == "int4" else 0))
+                getattr(parent, name).bias = layer.bias
+    pack_model(model)
+    return model
+
+
+@torch.no_grad()
+def steps_of(model: Transformer, step=None) -> torch.Tensor:
+    """Logits of a prompt of two rows, of 3 tokens as speculation verifies them, and of one, at unlike positions."""
+    make_room(model, 3, 40)
+    step = step or (lambda tokens, pos: model(tokens, pos, slots=40))
+    tokens = torch.arange(2 * FEW + 8).view(2, -1)
+    logits, at = [model(tokens, slots=40)[:, -1]], torch.tensor([[FEW + 4], [FEW]])
+    for T in (3, 1):
+        logits.append(step(tokens[:, :T].contiguous(), at + torch.arange(T))[:, -1])
+        at = at + T
+    return torch.stack(logits)
+
+
+def as_blocks(model: Transformer) -> Transformer:
+    for block in model.layers:
+        block.__class__ = TransformerBlock
+    return model
+
+
+@pytest.mark.parametrize("mode", ["", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_block(family, mode):
+    model = packed_model(mode, **FAMILIES[family])
+    assert all(type(block) is OneCall for block in model.layers)
+    one = steps_of(model)
+    assert not torch.equal(one[1], one[2])
+    torch.testing.assert_close(one, steps_of(as_blocks(model)), rtol=0.02, atol=0.02 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_portable(family, monkeypatch):
+    """Without this machine's instructions."""
+    model = packed_model(**FAMILIES[family])
+    torch.ops.load_library(cpu.build("step.cpp", "-DPORTABLE", "-DLIBRARY=portable_step", "-O1"))
+    torch.ops.portable_step.connect(torch.ops.cpu_attention.address(), torch.ops.cpu_bfloat16.address(), 0)
+    wanted = steps_of(model)
+    monkeypatch.setattr(torch.ops, "cpu_step", torch.ops.portable_step)
+    torch.testing.assert_close(steps_of(model), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+def test_what_does_not_fit_stays_a_block():
+    """Learned sinks, another dtype, a layer that somebody put there."""
+    assert type(packed_model(attention_sinks=True).layers[0]) is TransformerBlock
+    assert all(type(block) is TransformerBlock for block in load_model(dtype="float32")[0].layers)
+    model = as_blocks(packed_model())
+    model.layers[0].attention.wo = torch.nn.Identity()
+    assert [type(block) for block in pack_model(model).layers] == [TransformerBlock, OneCall]
+
+
+def test_a_position_outside_the_cache_is_told():
+    model = packed_model()
+    make_room(model, 1, 40)
+    with pytest.raises(IndexError, match="position 4000 in a cache of"):
+        model(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[4000]]), slots=40)
+
+
+def test_a_copy_has_its_own_weights():
+    model = packed_model()
+    before, twin = steps_of(model), copy.deepcopy(model)
+    assert all(type(block) is TransformerBlock for block in twin.layers)
+    twin.layers[0].attention.wo.packed.zero_()
+    assert torch.equal(steps_of(model), before)
+    assert not torch.equal(steps_of(pack_model(twin)), before)
+
+
+def test_compiled_steps_call_it_and_copy_no_cache():
+    model = packed_model("int8")
+    make_room(model, 2, 40)
+    from torch._inductor.utils import run_and_get_code
+    steps = compile_steps()
+    def step(tokens, pos):
+        return model(tokens, pos, slots=40) if tokens.shape[1] > 1 else steps.decode(model, tokens, pos, torch.arange(40))[:, None]
+    with torch._inductor.utils.fresh_cache():
+        compiled, code = run_and_get_code(steps_of, model, step)
+    torch.testing.assert_close(compiled, steps_of(as_blocks(model)), rtol=0.03, atol=0.03 * compiled.abs().max().item())
+    assert sum(len(re.findall(r'"cpu_step::block"', text)) for text in code) == 2
+    assert not any(re.search(r"(?<!to)_copy_|\bcopy_", text) for text in code)         # a conversion is to_copy
