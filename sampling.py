@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ranks
+from kernels import cpu
 from model import Transformer
 
 TIES = 32               # ids that may share the k-th place of top_k and stay
@@ -103,15 +104,6 @@ def largest(x: Tensor, n: int, block: int = 32) -> tuple[Tensor, Tensor]:
     return values, chosen.gather(1, at // block) * block + at % block
 
 
-def argmax(x: Tensor, block: int = 64) -> Tensor:
-    """x.argmax(-1) of x [B, V], by way of blocks: on a CPU PyTorch takes nine times as long for it as for the maxima."""
-    if x.shape[1] % block or x.device.type != "cpu":
-        return x.argmax(-1)
-    blocks = x.unflatten(1, (-1, block))
-    at = blocks.amax(-1).argmax(-1)                                                  # [B]: the first of the largest
-    return at * block + blocks[torch.arange(len(x)), at].argmax(-1)
-
-
 class Sampler:
     """Draws one id per row. Each row has its own generator, so its text does not depend on its neighbours."""
 
@@ -144,7 +136,7 @@ class Sampler:
         """Logits [B, V] -> ids [B], without a host sync: argmax of p / Exp(1) draws from p (the Gumbel-max
         trick)."""
         if self.settings.temperature == 0 and self.seen is None:
-            return ranks.agree(argmax(logits))
+            return ranks.agree(cpu.argmax(logits))
         ids = self.draw(choices(logits, self.settings, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)

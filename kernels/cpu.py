@@ -347,6 +347,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.ops.cpu_step.rotate(x, cos, sin) if by_call(x) else plain_rotate(x, cos, sin)
 
 
+def argmax(x: Tensor) -> Tensor:
+    """x [B, V] -> [B]: x.argmax(-1)."""
+    by_kernel = x.device.type == "cpu" and x.dtype == torch.float32 and LOADED.get(PLAIN[2])
+    return torch.ops.cpu_step.argmax(x) if by_kernel else x.argmax(-1)
+
+
 class NarrowRows(TorchFunctionMode):
     """While `decode` is traced for a CPU: one row times a narrow matrix as a written-out sum, which the compiler turns
     into its own loop. PyTorch's kernels take up to twice as long where no kernel of ours serves."""

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -146,6 +147,28 @@ void keep(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const T
     }
   };
   copy(k, k_cache), copy(v, v_cache);
+}
+
+// x [B, V] float32 -> [B], where each row is largest; the first of several. (PyTorch's compares one by one.)
+Tensor argmax(const Tensor& input) {
+  const Tensor x = whole(input);
+  const int64_t B = x.size(0), V = x.size(1), sizes[] = {B}, strides[] = {1};
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, sizes, strides, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor out(made);
+  for (int64_t b = 0; b < B; b++) {
+    const float* row = x.const_data_ptr<float>() + b * V;
+    floats most = floats{} - std::numeric_limits<float>::infinity();
+    int64_t i = 0;
+    for (; i + LANES <= V; i += LANES) {
+      const floats v = load16(row + i);
+      most = v > most ? v : most;
+    }
+    float largest = *std::max_element((float*)&most, (float*)&most + LANES);
+    for (; i < V; i++) largest = std::max(largest, row[i]);
+    out.mutable_data_ptr<int64_t>()[b] = std::min<int64_t>(std::find(row, row + V, largest) - row, V - 1);      // nothing but NaN
+  }
+  return out;
 }
 
 // ---- a whole block ------------------------------------------------------------------------------------------------
@@ -303,6 +326,7 @@ STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("norm(Tensor x, Tensor scale, float eps, bool cast, float plus) -> Tensor");
   m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("keep(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor pos) -> ()");
+  m.def("argmax(Tensor x) -> Tensor");
   m.def("connect(int attention, int bfloat16, int quantized) -> ()");
   m.def("block(Tensor x, Tensor form, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask)"
         " -> Tensor");
@@ -312,6 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("keep", TORCH_BOX(&keep));
+  m.impl("argmax", TORCH_BOX(&argmax));
   m.impl("block", TORCH_BOX(&block));
 }
 

@@ -121,7 +121,7 @@ def test_temperature_zero_is_argmax_and_ties_go_to_the_lowest():
     for s in (Sampling(temperature=0), Sampling(temperature=0, repetition_penalty=1.0, top_k=2)):
         assert g.Sampler(s, [[0]], 4, torch.device("cpu"))(logits).tolist() == [1]
     assert token_probs(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0, 0]]
-    wide = torch.randint(0, 9, (3, 1280)).float()       # a vocabulary in blocks, full of ties
+    wide = torch.randint(0, 9, (3, 1280)).float()
     assert g.Sampler(Sampling(temperature=0), [[0]] * 3, 1280, torch.device("cpu"))(wide).tolist() == \
         [row.index(max(row)) for row in wide.tolist()]
     cold = token_probs(torch.tensor([[1.0, 1.1, -float("inf")]]), Sampling(temperature=1e-6, top_k=0))

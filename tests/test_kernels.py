@@ -158,6 +158,15 @@ def test_new_entries_in_one_call(dtype, step):
             packed((where[0], where[1], torch.full((2, 1, 4), at)), k, v, 16)
 
 
+def test_argmax_is_the_first_of_the_largest(step):
+    for V in (5, 64, 1003):
+        x = torch.randint(-9, 9, (4, V)).float()
+        x[1], x[2, V // 2:] = -torch.inf, torch.inf
+        assert cpu.argmax(x).tolist() == x.argmax(-1).tolist() == [row.index(max(row)) for row in x.tolist()]
+        assert cpu.argmax(x.t()).tolist() == x.argmax(0).tolist()
+        assert 0 <= cpu.argmax(torch.full((1, V), torch.nan)).item() < V
+
+
 # ---- pages -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seconds, slow", [([0.0001] * 8, False), ([0.005, 0.0001] * 4, False), ([0.005] * 8, True)])
