@@ -28,6 +28,7 @@ from torch import Tensor
 import ranks
 from generate import (PAD, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
                       one_row_matmul, rows_for, run_prefill, symbolic)
+from kernels import cpu
 from model import Transformer
 from sampling import Choices, Sampler, Sampling, choices
 from tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
         with one_row_matmul(model, tokens.numel()):
             logits = fit(step(model, tokens, at, key_pos), vocab_size)
         if takes_the_best(sampler):
-            ids.append(ranks.agree(logits.argmax(-1)))
+            ids.append(ranks.agree(cpu.argmax(logits)))
         else:
             q.append(choices(logits, sampler.settings, seen))
             ids.append(sampler.draw(q[-1]))
@@ -170,8 +171,7 @@ def verified(logits: Tensor, guesses: Tensor, found: Tensor, q: Tensor | None,
     next."""
     B, k = guesses.shape
     if takes_the_best(sampler):
-        ids = logits.argmax(-1)                                                      # [B, k+1]
-        ids = ranks.agree(ids)
+        ids = ranks.agree(cpu.argmax(logits))                                        # [B, k+1]
         stands = (ids[:, :k] == guesses) & found[:, None]
         return ids, stands.long().cumprod(1).sum(1)
     seen = sampler.seen

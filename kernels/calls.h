@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-// A packed weight, as `pack` in cpu.py lays it out. Fields of 8 bytes, which cpu.py writes one behind another.
+// A packed weight, as `pack` in cpu.py lays it out. Fields of 8 bytes, which cpu_block.py writes one behind another.
 struct Matrix {
   int64_t N, K, bits, group;
   const void *w, *scales;

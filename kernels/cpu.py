@@ -1,6 +1,6 @@
 """The CPU kernels, linear.cpp, attention.cpp and step.cpp: built once, called as operators, and the layout they read.
 
-What it is: `available` builds and loads the operators, `pack` lays weights out, `linear` and `attend` call them, and
+What it is: `available` builds and loads the operators, `pack` lays weights out, `linear`, `attend` and others call them, and
 `rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_part` puts a model on
 them, block by block. What it is not: a quantizer; int8 and int4 values come from quantize.py. Without a C++ compiler nothing
 breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that; CPU_KERNELS=weight_only leaves
@@ -71,7 +71,7 @@ def load(kinds: list[tuple]) -> bool:
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:
         torch.library.register_fake("cpu_attention::attend", shape_of_attend)
-        torch.library.register_fake("cpu_step::block", lambda x, *rest: torch.empty_like(x))
+        torch.library.register_fake("cpu_step::block", lambda x, *rest: x.new_empty(x.shape))
     torch.ops.cpu_step.connect(torch.ops.cpu_attention.address(), torch.ops.cpu_bfloat16.address(),
                                torch.ops.cpu_kernels.address() if QUANTIZED[0] in kinds else 0)
     return True
@@ -348,7 +348,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """x [B, V] -> [B]: x.argmax(-1)."""
+    """x [..., V] -> [...]: x.argmax(-1), but for NaN."""
     by_kernel = x.device.type == "cpu" and x.dtype == torch.float32 and LOADED.get(PLAIN[2])
     return torch.ops.cpu_step.argmax(x) if by_kernel else x.argmax(-1)
 

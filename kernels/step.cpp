@@ -133,6 +133,7 @@ void keep(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const T
   const int64_t B = k.size(0), K = k.size(1), T = k.size(2), E = k.size(3), S = k_cache.size(2), size = k.element_size();
   const Tensor slots = whole(pos);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(B <= k_cache.size(0), B, " rows in a cache of ", k_cache.size(0));
   for (int64_t i = 0; i < B * T; i++)
     TORCH_CHECK_INDEX(slot[i] >= 0 && slot[i] < S, "position ", slot[i], " in a cache of ", S, " slots");
   const auto copy = [&](const Tensor& input, const Tensor& cache) {
@@ -149,12 +150,16 @@ void keep(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const T
   copy(k, k_cache), copy(v, v_cache);
 }
 
-// x [B, V] float32 -> [B], where each row is largest; the first of several. (PyTorch's compares one by one.)
+// x [..., V] float32 -> [...], where each row is largest; the first of several. NaN is passed over. (PyTorch's compares one by
+// one.)
 Tensor argmax(const Tensor& input) {
   const Tensor x = whole(input);
-  const int64_t B = x.size(0), V = x.size(1), sizes[] = {B}, strides[] = {1};
+  const int64_t V = x.size(-1), B = x.numel() / V;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1), strides(sizes.size(), 1);
+  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * sizes[i + 1];
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, sizes, strides, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), aoti_torch_dtype_int64(),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   const Tensor out(made);
   for (int64_t b = 0; b < B; b++) {
     const float* row = x.const_data_ptr<float>() + b * V;
@@ -265,13 +270,14 @@ void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, 
 void attention_half(const Block& w, const Rows& rows, const Tensor& k_cache, const Tensor& v_cache, const int64_t* pos,
                     const float* cos, const float* sin, int64_t n, const Tensor& mask) {
   thread_local std::vector<bfloat16> room, qkv, y;
-  const auto [B, T, D, x] = rows;
-  const int64_t H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
+  const int64_t B = rows.B, T = rows.T, D = rows.D, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
+  bfloat16* const x = rows.x;
   const auto k_strides = k_cache.strides(), v_strides = v_cache.strides();
   bfloat16 *k = k_cache.mutable_data_ptr<bfloat16>(), *v = v_cache.mutable_data_ptr<bfloat16>();
   multiply(w.wqkv, normed(w.attention_norm, x, B * T, D, room), B * T, qkv);
+  bfloat16* const all = qkv.data();                   // other threads have vectors of their own under these names
   by_row(B * T, width, [&](int64_t r) {
-    bfloat16* row = qkv.data() + r * width;
+    bfloat16* row = all + r * width;
     prepare(w, row, cos + r * n, sin + r * n, n);
     for (int64_t h = 0; h < K; h++) {
       std::copy_n(row + (H + h) * E, E, k + r / T * k_strides[0] + h * k_strides[1] + pos[r] * k_strides[2]);
@@ -292,7 +298,9 @@ void feed_forward_half(const Block& w, const Rows& rows) {
   const int64_t n = rows.B * rows.T, F = w.w13.N / 2;
   multiply(w.w13, normed(w.ffn_norm, rows.x, n, rows.D, room), n, h);
   y.resize(n * F);
-  by_row(n, F, [&](int64_t r) { gate_row(h.data() + r * 2 * F, F, w.activation == 1, y.data() + r * F); });
+  const bfloat16* const from = h.data();              // other threads have vectors of their own under these names
+  bfloat16* const to = y.data();
+  by_row(n, F, [&](int64_t r) { gate_row(from + r * 2 * F, F, w.activation == 1, to + r * F); });
   multiply(w.w2, y.data(), n, h);
   add(w.post_ffn_norm, h.data(), n, rows.D, w.residual_scale, room, rows.x);
 }
@@ -308,6 +316,7 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& k_cache, con
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows.B * rows.T; i++)
     TORCH_CHECK_INDEX(slot[i] >= 0 && slot[i] < k_cache.size(2), "position ", slot[i], " in a cache of ", k_cache.size(2), " slots");
+  TORCH_CHECK_INDEX(rows.B <= k_cache.size(0), rows.B, " rows in a cache of ", k_cache.size(0));
   std::copy_n(from.const_data_ptr<bfloat16>(), rows.B * rows.T * rows.D, rows.x);
   const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
   const int64_t n = cosines ? cos.size(3) : 0;

@@ -33,7 +33,7 @@ def packed_model(mode: str = "", **more) -> Transformer:
     if not cpu.available(quantized=True):
         pytest.skip("there is no C++ compiler")
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(96, 128, 2, 4, n_kv_heads=2, ffn_dim=192, **more)).bfloat16().eval()
+    model = Transformer(ModelArgs(96, 128, 2, 4, n_kv_heads=2, **{"ffn_dim": 192} | more)).bfloat16().eval()
     for p in model.parameters():
         p.requires_grad_(False).add_(torch.randn_like(p) * 0.1)
     for parent in [m for m in model.modules() if mode]:
@@ -85,13 +85,45 @@ def test_portable(family, monkeypatch):
     torch.testing.assert_close(steps_of(model), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
+def test_many_rows_of_wide_layers():
+    """So wide that threads share the rows between the products too."""
+    model = packed_model(ffn_dim=14336)
+    make_room(model, 16, 40)
+    tokens, pos = torch.arange(16)[:, None], torch.full((16, 1), 7)
+    with torch.no_grad():
+        one, plain = model(tokens, pos, slots=40), as_blocks(model)(tokens, pos, slots=40)
+    torch.testing.assert_close(one, plain, rtol=0.02, atol=0.02 * one.abs().max().item())
+
+
 def test_what_does_not_fit_stays_a_block():
-    """Learned sinks, another dtype, a layer that somebody put there."""
+    """Learned sinks, another dtype, a layer or a norm that somebody put there."""
     assert type(packed_model(attention_sinks=True).layers[0]) is TransformerBlock
     assert all(type(block) is TransformerBlock for block in load_model(dtype="float32")[0].layers)
-    model = as_blocks(packed_model())
+    model = packed_model()
     model.layers[0].attention.wo = torch.nn.Identity()
     assert [type(block) for block in pack_model(model).layers] == [TransformerBlock, OneCall]
+    model.layers[1].ffn_norm = torch.nn.LayerNorm(128)
+    assert [type(block) for block in pack_model(model).layers] == [TransformerBlock, TransformerBlock]
+
+
+def test_packed_again_it_has_the_new_layers():
+    model, other = packed_model(), packed_model("int4")
+    model.layers[0].feed_forward.w2 = torch.nn.Linear(192, 128, bias=False, dtype=torch.bfloat16)
+    model.layers[1].attention.wqkv = other.layers[1].attention.wqkv
+    one = steps_of(pack_model(model))
+    assert all(type(block) is OneCall for block in model.layers)
+    torch.testing.assert_close(one, steps_of(as_blocks(model)), rtol=0.02, atol=0.02 * one.abs().max().item())
+
+
+def test_a_model_that_was_moved_is_made_of_blocks_again():
+    """Its weights lie elsewhere: the old addresses would be read."""
+    model = packed_model()
+    before = steps_of(model)
+    moved = model.float().bfloat16()
+    assert all(type(block) is TransformerBlock for block in moved.layers)
+    torch.testing.assert_close(steps_of(moved), before, rtol=0.02, atol=0.02 * before.abs().max().item())
+    assert all(type(block) is OneCall for block in pack_model(moved).layers)
+    assert torch.equal(steps_of(moved), before)
 
 
 def test_a_position_outside_the_cache_is_told():
@@ -99,12 +131,14 @@ def test_a_position_outside_the_cache_is_told():
     make_room(model, 1, 40)
     with pytest.raises(IndexError, match="position 4000 in a cache of"):
         model(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[4000]]), slots=40)
+    with pytest.raises(IndexError, match="2 rows in a cache of 1"):
+        model(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[4], [4]]), slots=40)
 
 
 def test_a_copy_has_its_own_weights():
     model = packed_model()
     before, twin = steps_of(model), copy.deepcopy(model)
-    assert all(type(block) is TransformerBlock for block in twin.layers)
+    assert all(type(block) is TransformerBlock for block in (*twin.layers, copy.copy(model.layers[0])))
     twin.layers[0].attention.wo.packed.zero_()
     assert torch.equal(steps_of(model), before)
     assert not torch.equal(steps_of(pack_model(twin)), before)

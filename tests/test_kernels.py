@@ -164,6 +164,7 @@ def test_argmax_is_the_first_of_the_largest(step):
         x[1], x[2, V // 2:] = -torch.inf, torch.inf
         assert cpu.argmax(x).tolist() == x.argmax(-1).tolist() == [row.index(max(row)) for row in x.tolist()]
         assert cpu.argmax(x.t()).tolist() == x.argmax(0).tolist()
+        assert torch.equal(cpu.argmax(x.view(2, 2, V)), x.argmax(-1).view(2, 2))
         assert 0 <= cpu.argmax(torch.full((1, V), torch.nan)).item() < V
 
 
