@@ -177,7 +177,7 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
 struct Rounding { float scale; int32_t sum; };        // the sum's lower 16 bits
 
 // What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
-// With x's sums by group, or how its blocks were rounded, [groups or blocks][rows].
+// With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
 struct Groups {
   int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
   const at::BFloat16* scale16;
@@ -234,26 +234,29 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 }
 
 #ifdef BYTE_DOT
-// The same for x in int8, [K / 4][R][4]: whole numbers within a block, scaled when it ends.
+// The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
 template <class W, int R>
 void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
+  constexpr bool EXACT = W::BIAS > 100;             // in whole numbers by block; else in floats by group, which takes less
   __m512 total[R][2] = {};
   const Rounding* rounding = g.rounding;
   for (int64_t i = 0; i < g.count; i++) {
+    __m512 sum[R][2] = {};
     __m512i bias[2];                                                                 // of the values, times the sum of x
-    floats scale[2];
     for (int half = 0; half < 2; half++) {
-      const int64_t at = i * PANEL + half * 16;
-      scale[half] = g.scales(at), bias[half] = _mm512_set1_epi32(-W::BIAS);
+      bias[half] = _mm512_set1_epi32(-W::BIAS);
       if (g.offset) bias[half] = _mm512_add_epi32(bias[half], (__m512i)g.offsets(i, half));
+#pragma GCC unroll 12
+      for (int r = 0; r < R && !EXACT; r++)
+        sum[r][half] = _mm512_mul_ps(_mm512_cvtepi32_ps(bias[half]), _mm512_set1_ps(g.x_sum[i * R + r]));
     }
     g.fetch(i);
     const auto block = [&](auto units) {
-      __m512i sum[R][2];
+      __m512i dot[R][2] = {};
 #pragma GCC unroll 12
-      for (int r = 0; r < R; r++)
+      for (int r = 0; r < R && EXACT; r++)
         for (int half = 0; half < 2; half++)        // a product of 16-bit halves; the sum's upper one is zero
-          sum[r][half] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), bias[half], _mm512_set1_epi32(rounding[r].sum));
+          dot[r][half] = _mm512_dpwssd_epi32(dot[r][half], bias[half], _mm512_set1_epi32(rounding[r].sum));
 #pragma GCC unroll 2
       for (int n = 0; n < units; n++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
@@ -264,22 +267,25 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #pragma GCC unroll 12
           for (int r = 0; r < R; r++) {
             const __m512i four = _mm512_set1_epi32(read<int32_t>(x + (q * R + r) * 4));
-            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], low, four);
-            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high, four);
+            dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], low, four);
+            dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], high, four);
           }
         }
       }
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
-          const __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][half]), _mm512_set1_ps(rounding[r].scale));
-          total[r][half] = _mm512_fmadd_ps(s, (__m512)scale[half], total[r][half]);
-        }
+        for (int half = 0; half < 2; half++)
+          sum[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][half]), _mm512_set1_ps(rounding[r].scale), sum[r][half]);
       rounding += R;
     };
     const int64_t units = std::min(g.units, g.all - i * g.units);
     for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>());
     if (units % 2) block(std::integral_constant<int, 1>());
+    for (int half = 0; half < 2; half++) {
+      const __m512 scale = (__m512)g.scales(i * PANEL + half * 16);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) total[r][half] = _mm512_fmadd_ps(sum[r][half], scale, total[r][half]);
+    }
   }
   for (int r = 0; r < R; r++)
     for (int half = 0; half < 2; half++) _mm512_storeu_ps(y + r * PANEL + half * 16, total[r][half]);
@@ -398,7 +404,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
           }
         multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
       } else {
-        if (g.offset) g.x_sum = p.x_sum.data() + m * count;
+        g.x_sum = p.x_sum.data() + m * count;
         g.rounding = p.rounding.data() + m * ((p.K + BLOCK - 1) / BLOCK);
         multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
       }
@@ -486,9 +492,9 @@ template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t 
 }
 
 #ifdef BYTE_DOT
-// n inputs, at most 16 blocks -> int8 in the order of quads and how each block was rounded. From one quad and one block to
-// the next it is `stride` of them.
-void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, Rounding* rounding) {
+// n inputs, at most 16 blocks -> int8 in the order of quads, how each block was rounded, and `sums` [16] of what they
+// stand for. From one quad and one block to the next it is `stride` of them.
+void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, Rounding* rounding, float* sums) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   alignas(64) at::BFloat16 padded[LANES * BLOCK];
   if (n < LANES * BLOCK) {
@@ -510,22 +516,28 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* qua
     else
       for (int i = 0; i < 4 && j * BLOCK + 4 * i < n; i++) quads[(4 * j + i) * stride] = quad[i];
   }
-  const ints total = __builtin_convertvector(fold(v, [](floats a, floats b) { return a + b; }), ints) & 0xffff;
-  for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], total[j]};
+  const floats total = fold(v, [](floats a, floats b) { return a + b; });
+  const ints low = __builtin_convertvector(total, ints) & 0xffff;
+  write(sums, total * scale);
+  for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], low[j]};
 }
 
-// x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
-at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, std::vector<Rounding>& rounding) {
-  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK;
+// x [M, K] -> blocks of [K / 4][rows][4] in int8; how they were rounded; and sums by group.
+at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t group, int64_t block,
+                      std::vector<Rounding>& rounding, std::vector<float>& x_sum) {
+  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK, groups = (K + group - 1) / group;
   const at::Tensor out = at::empty({M * K}, at::kChar);
   int32_t* quads = (int32_t*)out.data_ptr();
-  rounding.resize(M * count);
+  rounding.resize(M * count), x_sum.assign(M * groups, 0);
   at::parallel_for(0, M, 4, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
-      for (int64_t k = 0; k < K; k += step)
+      for (int64_t k = 0; k < K; k += step) {
+        alignas(64) float sums[LANES];
         round_blocks(x + m * K + k, std::min(step, K - k), rows, quads + first * K / 4 + k / 4 * rows + r,
-                     rounding.data() + first * count + k / BLOCK * rows + r);
+                     rounding.data() + first * count + k / BLOCK * rows + r, sums);
+        for (int64_t j = 0; j < LANES && k + j * BLOCK < K; j++) x_sum[first * groups + (k + j * BLOCK) / group * rows + r] += sums[j];
+      }
     }
   });
   return out;
@@ -568,7 +580,7 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     Product p{job, m.N, m.K, block, job.x, m.scales ? m.group ? m.group : m.K : 0};  // 0 with scales: one group, the row
 #ifdef BYTE_DOT
-    if constexpr (std::is_same_v<X, int8_t>) p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, p.rounding);
+    if constexpr (std::is_same_v<X, int8_t>) p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, p.group, block, p.rounding, p.x_sum);
     else
 #endif
     {
