@@ -56,6 +56,13 @@ inline void store16(at::BFloat16* p, floats v) {
 #endif
 }
 
+// f(row) for all of them, by threads where there is work enough.
+template <class F> void by_row(int64_t rows, int64_t width, const F& f) {
+  at::parallel_for(0, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) f(r);
+  });
+}
+
 // x [D] -> y [D], which may be x. cast: round before the scale multiplies, and after; plus: what is added to the scale.
 template <class X> void norm_row(const X* x, const X* scale, int64_t D, float eps, bool cast, float plus, X* y) {
   floats squares = {};
@@ -83,9 +90,7 @@ Tensor norm(const Tensor& input, const Tensor& scale, double eps, bool cast, dou
     using X = decltype(zero);
     const X *from = x.const_data_ptr<X>(), *by = scale.const_data_ptr<X>();
     X* to = y.mutable_data_ptr<X>();
-    at::parallel_for(0, rows, 1 + 65536 / D, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) norm_row(from + r * D, by, D, eps, cast, plus, to + r * D);
-    });
+    by_row(rows, D, [&](int64_t r) { norm_row(from + r * D, by, D, eps, cast, plus, to + r * D); });
   });
   return y;
 }
@@ -200,13 +205,6 @@ Multiply *multiply_bfloat16 = nullptr, *multiply_quantized = nullptr;
 
 void connect(int64_t attention, int64_t bfloat16, int64_t quantized) {
   attend = (Attend*)attention, multiply_bfloat16 = (Multiply*)bfloat16, multiply_quantized = (Multiply*)quantized;
-}
-
-// f(row) for all of them, by threads where there is work enough.
-template <class F> void by_row(int64_t rows, int64_t width, const F& f) {
-  at::parallel_for(0, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) f(r);
-  });
 }
 
 void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
