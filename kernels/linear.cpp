@@ -50,12 +50,13 @@ template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_s
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
-constexpr int64_t AHEAD = 4096, GROUPS_AHEAD = 4;      // bytes and scales that are fetched before they are needed
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Into the second cache: fetching into the first, which has few requests open at a time, holds up what is multiplied now
-// (up to a quarter of a step).
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Bytes that are asked for before they are needed. The first cache has few requests open at a time, and what floods it holds up
+// what is multiplied now, by a fifth of a step of bfloat16: so ask the second. One row of 4 bits, which has time enough between
+// two lines, is a tenth faster from the first.
+template <class W, int R> constexpr int LEVEL = R == 1 && W::HALF == 64 ? 3 : 2;      // 3: the first
+template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? 2048 : 4096;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF; line += 64) fetch(w + AHEAD + line);
+    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, LEVEL<W, R>);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -192,9 +193,10 @@ struct Groups {
     if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
     return load16(scale16 + at);
   }
-  inline void fetch_scales(int64_t i) const {     // these are streams beside the weights'
-    if (scale16) fetch(scale16 + (i + GROUPS_AHEAD) * PANEL);
-    if (offset) fetch(offset + (i + GROUPS_AHEAD) * (nibbles ? PANEL / 2 : PANEL));
+  template <int LEVEL> inline void fetch(int64_t i) const {       // these are streams beside the weights': ask for them too
+    i += LEVEL == 3 ? 16 : 4;
+    if (scale16) __builtin_prefetch(scale16 + i * PANEL, 0, LEVEL);
+    if (offset) __builtin_prefetch(offset + i * (nibbles ? PANEL / 2 : PANEL), 0, LEVEL);
   }
   inline ints offsets(int64_t i, int half) const {
     if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
@@ -218,7 +220,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
         const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
-    g.fetch_scales(i);
+    g.fetch<LEVEL<W, R>>(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
       const floats scale = g.scales(i * PANEL + half * 16);
@@ -253,13 +255,13 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) sum[r][h] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)bias), _mm512_set1_ps(g.x_sum[i * R + r]));
       }
-      if (first == 0) g.fetch_scales(i);
+      if (first == 0) g.fetch<LEVEL<W, R>>(i);
       const auto block = [&](auto units) {
         __m512i dot[R][H] = {};
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
-          for (int line = 0; line < AT_ONCE; line += 64) fetch(unit + AHEAD * 2 / H + line);
+          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, LEVEL<W, R>);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
             const __m512i values[] = {W::quad(unit, q), W::quad(unit + (H - 1) * W::HALF, q)};
