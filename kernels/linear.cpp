@@ -178,8 +178,11 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   }
 }
 
+// Of 16 inputs of x as int8: what they were divided by, and -128 times their sum.
+struct Rounding { float scale; int32_t zero; };
+
 // What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
-// With x's sums by group and, of bytes, what its blocks were divided by, [groups or blocks][rows].
+// With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
 struct Groups {
   int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
   const at::BFloat16* scale16;
@@ -187,7 +190,7 @@ struct Groups {
   const uint8_t* offset;
   bool nibbles;
   const float* x_sum;
-  const float* x_scale;
+  const Rounding* rounding;
 
   inline floats scales(int64_t at) const {
     if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
@@ -238,27 +241,38 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 
 #ifdef BYTE_DOT
 // The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
-// The zero point goes off in floats: of an input of 300 some thousandths of an int8's step may stay, where weights are zero.
+// int8's zero point, 128, is what a block's sum starts from: weights of zero give exactly zero. The smaller ones go off by
+// group, in floats.
 // Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
 template <class W, int R>
 void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
   constexpr int H = W::HALF == 64 && R > 7 ? 1 : 2, AT_ONCE = H * W::HALF;
+  constexpr bool EXACT = W::BIAS == 128;
   for (int first = 0; first < 2; first += H) {
     const uint8_t* unit = w + first * W::HALF;
     const int8_t* in = x;
-    const float* x_scale = g.x_scale;
+    const Rounding* rounding = g.rounding;
     __m512 total[R][H] = {};
     for (int64_t i = 0; i < g.count; i++) {
-      __m512 sum[R][H];
+      __m512 sum[R][H] = {};
+      ints bias[H];                                           // of the values, times the sum of x
       for (int h = 0; h < H; h++) {
-        ints bias = ints{} - W::BIAS;                         // of the values, times the sum of x
-        if (g.offset) bias += g.offsets(i, first + h);
+        bias[h] = ints{} - (EXACT ? 0 : W::BIAS);
+        if (g.offset) bias[h] += g.offsets(i, first + h);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) sum[r][h] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)bias), _mm512_set1_ps(g.x_sum[i * R + r]));
+        for (int r = 0; r < R && !EXACT; r++)
+          sum[r][h] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)bias[h]), _mm512_set1_ps(g.x_sum[i * R + r]));
       }
       if (first == 0) g.fetch<LEVEL<W, R>>(i);
       const auto block = [&](auto units) {
         __m512i dot[R][H] = {};
+#pragma GCC unroll 12
+        for (int r = 0; r < R && EXACT; r++)
+          for (int h = 0; h < H; h++) {
+            dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
+            if (g.offset)                           // a product of 16-bit halves; the offset's upper one is zero
+              dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], (__m512i)bias[h], _mm512_set1_epi32(rounding[r].zero / -128));
+          }
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
@@ -276,8 +290,8 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
           for (int h = 0; h < H; h++)
-            sum[r][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][h]), _mm512_set1_ps(x_scale[r]), sum[r][h]);
-        x_scale += R;
+            sum[r][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][h]), _mm512_set1_ps(rounding[r].scale), sum[r][h]);
+        rounding += R;
       };
       const int64_t units = std::min(g.units, g.all - i * g.units);
       for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>());
@@ -345,7 +359,7 @@ struct Product : Job {
   const void* arranged;               // x in its blocks
   int64_t group = 0;                  // 0: no scales
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
-  std::vector<float> x_scale;         // of bytes the same, [K / 16][rows]
+  std::vector<Rounding> rounding;     // the same, [K / 16][rows]
   at::Tensor kept;                    // what `arranged` points to
 };
 
@@ -407,7 +421,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
         multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
       } else {
         g.x_sum = p.x_sum.data() + m * count;
-        g.x_scale = p.x_scale.data() + m * ((p.K + BLOCK - 1) / BLOCK);
+        g.rounding = p.rounding.data() + m * ((p.K + BLOCK - 1) / BLOCK);
         multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
       }
     }
@@ -494,9 +508,9 @@ template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t 
 }
 
 #ifdef BYTE_DOT
-// n inputs, at most 16 blocks -> int8 in the order of quads, what each block was divided by, and `sums` [16] of what they
+// n inputs, at most 16 blocks -> int8 in the order of quads, how each block was rounded, and `sums` [16] of what they
 // stand for. From one quad and one block to the next it is `stride` of them.
-void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, float* scales, float* sums) {
+void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, Rounding* rounding, float* sums) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   alignas(64) at::BFloat16 padded[LANES * BLOCK];
   if (n < LANES * BLOCK) {
@@ -518,24 +532,26 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* qua
     else
       for (int i = 0; i < 4 && j * BLOCK + 4 * i < n; i++) quads[(4 * j + i) * stride] = quad[i];
   }
-  write(sums, fold(v, [](floats a, floats b) { return a + b; }) * scale);
-  for (int j = 0; j < blocks; j++) scales[j * stride] = scale[j];
+  const floats total = fold(v, [](floats a, floats b) { return a + b; });
+  const ints zero = __builtin_convertvector(total, ints) * -128;
+  write(sums, total * scale);
+  for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], zero[j]};
 }
 
-// x [M, K] -> blocks of [K / 4][rows][4] in int8; what they were divided by; and sums by group.
+// x [M, K] -> blocks of [K / 4][rows][4] in int8; how they were rounded; and sums by group.
 at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t group, int64_t block,
-                      std::vector<float>& x_scale, std::vector<float>& x_sum) {
+                      std::vector<Rounding>& rounding, std::vector<float>& x_sum) {
   const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK, groups = (K + group - 1) / group;
   const at::Tensor out = at::empty({M * K}, at::kChar);
   int32_t* quads = (int32_t*)out.data_ptr();
-  x_scale.resize(M * count), x_sum.assign(M * groups, 0);
+  rounding.resize(M * count), x_sum.assign(M * groups, 0);
   at::parallel_for(0, M, 4, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
       for (int64_t k = 0; k < K; k += step) {
         alignas(64) float sums[LANES];
         round_blocks(x + m * K + k, std::min(step, K - k), rows, quads + first * K / 4 + k / 4 * rows + r,
-                     x_scale.data() + first * count + k / BLOCK * rows + r, sums);
+                     rounding.data() + first * count + k / BLOCK * rows + r, sums);
         for (int64_t j = 0; j < LANES && k + j * BLOCK < K; j++) x_sum[first * groups + (k + j * BLOCK) / group * rows + r] += sums[j];
       }
     }
@@ -580,7 +596,7 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     Product p{job, m.N, m.K, block, job.x, m.scales ? m.group ? m.group : m.K : 0};  // 0 with scales: one group, the row
 #ifdef BYTE_DOT
-    if constexpr (std::is_same_v<X, int8_t>) p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, p.group, block, p.x_scale, p.x_sum);
+    if constexpr (std::is_same_v<X, int8_t>) p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, p.group, block, p.rounding, p.x_sum);
     else
 #endif
     {

@@ -135,23 +135,21 @@ def test_bias_and_order_of_inputs(kind, group, path):
 @pytest.mark.parametrize("M", [1, 3, 12, 13, 31])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
 def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, path):
-    """Half a step in 127 of a block's largest input, and float32's own; and a row's bits are the same alone and among others."""
+    """Half a step in 127 of a block's largest input; and a row's bits are the same alone and among others."""
     K, N = 200, 40
     if kind is Fp4Linear:
         layer = Fp4Linear(K, N, group, device="cpu")
         layer.weight.random_(256), layer.scales.fill_(0.25)
     else:
         layer = kind.quantize(weight(N, K), group)
-    w, steps = layer.dequantize(), layer.scales.float().view(N, -1).amax(1)
+    w = layer.dequantize()
     layer.pack()
     x = inputs(M, K, torch.bfloat16)
     x[0, :16], x[0, 16:32], x[0, 40] = 0, 1e-30, 300
     y = layer(x)
     close(y, rounded(x) @ w.t(), torch.bfloat16)
     blocks = F.pad(x.float().abs(), (0, -K % 16)).unflatten(-1, (-1, 16)).amax(-1).repeat_interleave(16, -1)[:, :K]
-    floats = 2 ** -23 * (128 if kind is Int8Linear else 16) * x.float().abs().sum(-1, keepdim=True) * steps    # the zero point, in floats
-    allowed = (blocks / 254) @ w.abs().t() + y.float().abs() / 128 + floats
-    assert ((y.float() - x.float() @ w.t()).abs() <= allowed).all()
+    assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
     assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(M))
 
 
