@@ -57,7 +57,8 @@ def guesses(text: str) -> int | str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Generate text, to stdout; figures and notes go to stderr.")
+    p = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them",
+                                description="Generate text, to stdout; figures and notes go to stderr.")
     add = p.add_argument
     add("--checkpoint_path", default=str(BUNDLED),
         help="a folder, a file or a hub id; default: the bundled model")
@@ -112,24 +113,28 @@ def say(o: argparse.Namespace, text: str):
         print(text, file=sys.stderr, flush=True)
 
 
+def read_prompt_file(path: str) -> str:
+    """Its text without the last newline; - is stdin."""
+    if path == "-":
+        data = ranks.hear(lambda: sys.stdin.buffer.read().decode("latin-1")).encode("latin-1")
+    else:
+        data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file '{path}' is not UTF-8: byte {error.start} is "
+                         f"0x{data[error.start]:02x}; convert it first") from None
+    if not text:
+        raise ValueError(f"the prompt is empty: prompt_file '{path}' has no text")
+    return text
+
+
 def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list:
-    """The prompts of the command line as text, chat messages as ids, integers as that many synthetic ids."""
-    prompts = list(o.prompt)
-    if o.prompt_file:
-        try:
-            if o.prompt_file == "-":
-                data = ranks.hear(lambda: sys.stdin.buffer.read().decode("latin-1")).encode("latin-1")
-            else:
-                data = Path(o.prompt_file).read_bytes()
-            prompts.append(data.decode("utf-8").removesuffix("\n"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt_file '{o.prompt_file}' is not UTF-8: byte {error.start} is "
-                             f"0x{data[error.start]:02x}; convert it first") from None
-    prompts = prompts or ["Once upon a time"]
-    if "" in prompts:
-        raise ValueError("the prompt is empty; give some text")
+    """The prompts of the command line and the file as text, chat messages as ids, --prompt's integers as that many
+    synthetic ids."""
+    prompts = o.prompt + ([o.file_text] if o.file_text else []) or ["Once upon a time"]
     for i, prompt in enumerate(prompts):
-        if prompt.isdigit():
+        if i < len(o.prompt) and prompt.isascii() and prompt.isdigit():
             ids = torch.randint(min(vocab_size, tokenizer.vocab_size), (int(prompt),),
                                 generator=torch.Generator().manual_seed(0))
             prompts[i] = ids.tolist()
@@ -235,8 +240,11 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
                                           speculation=speculation):
                 if single:
                     print(piece, end="", flush=True)
-        if not o.json:
-            print(*([] if single else [row.text for row in rows]), sep="\n", flush=True)
+        if single:
+            print(flush=True)
+        for i, row in enumerate([] if single or o.json else rows):
+            say(o, f"row {i + 1} of {len(rows)}:")
+            print(row.text, flush=True)
         report_run(o, model, report, rows, settings, figures, speculation)
         if speculation:
             report_speculation(o, model, steps, speculation, report, rows, settings, figures)
@@ -422,6 +430,7 @@ def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
 def run(o: argparse.Namespace, load: Callable = load):
     ranks.start(o.device)
     ranks.same("their flags", {k: v for k, v in vars(o).items() if not k.endswith("path")})
+    o.file_text = read_prompt_file(o.prompt_file) if o.prompt_file else None        # a wrong path fails before the model loads
     began, report = time.perf_counter(), {}
     model, tokenizer = load(o, report)
     weight = model.norm.weight

@@ -38,9 +38,9 @@ from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "stories"
 CHUNK = 512        # prompt tokens per prefill call, 4 x on a GPU: memory grows with CHUNK * S, not with the prompt's square
-PAD = 16                # compiled prefill sees lengths rounded up to this
-REPLAYED = "cuda"     # where blocks of steps are
-BUCKET = 256        # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
+PAD = 16           # compiled prefill sees lengths rounded up to this
+REPLAYED = "cuda"  # where blocks of steps are
+BUCKET = 256       # decode attends to 256, 512, 1024, ... slots: cost follows what is used, not the capacity
 
 
 # ---- steps: what is compiled -------------------------------------------------------------------------------
@@ -75,8 +75,9 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
     decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling
     settings: the length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a
     constant), and sampling stays outside. Another batch size or a larger cache is another graph. On CUDA
-    several steps are replayed as one CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is bound by arithmetic, and compiling takes
-    longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
+    several steps are replayed as one CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is
+    bound by arithmetic, and compiling takes longer than most prompts. Its lengths are rounded up to PAD and
+    symbolic too.
     """
     # every batch and cache size is a graph of its own, and past the limit a step would fail
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
@@ -88,8 +89,8 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) ->
 
 def compile_step(step: Callable, graphs: bool = True) -> Callable:
     """A step of few tokens, in which calling the loops may cost as much as running them. On CUDA a graph replays
-    them, unless the caller records one. Elsewhere C++ calls them, which saves a fifth of a small model's time and a twentieth of a large one's.
-    (It cannot call collectives.)"""
+    them, unless the caller records one. Elsewhere C++ calls them, which saves a fifth of a small model's time and
+    a twentieth of a large one's. (It cannot call collectives.)"""
     def numbered(number: str, model: Transformer, *rest: Tensor) -> Tensor:
         assert number                   # looked at, and so a condition of the graph
         with NarrowRows() if unpacked(model) else nullcontext():

@@ -150,6 +150,16 @@ def test_broken_checkpoints(tmp_path, folder, capsys, monkeypatch):
     assert code == 1 and out == "" and "UTF-8" in err and "0xff" in err
 
 
+def test_a_prompt_file_is_read_before_the_model_and_is_text(folder, capsys, tmp_path):
+    """A wrong path told after a minute of loading; a file's "7" taken for seven synthetic tokens."""
+    (tmp_path / "empty.txt").write_text("\n"), (tmp_path / "seven.txt").write_text("7\n")
+    for path, reason in (("/no/such/file", "No such file"), (tmp_path / "empty.txt", "empty"), (tmp_path, "directory")):
+        code, out, err = run(capsys, "--checkpoint_path", "/no/such/model", "--prompt_file", path)
+        assert code == 1 and out == "" and str(path) in err and reason in err
+    code, out, err = run(capsys, *tiny(folder), "--prompt_file", tmp_path / "seven.txt", "--json")
+    assert code == 0 and json.loads(out)["prompt_tokens"] == len(load_tokenizer(folder).encode("7"))
+
+
 # ---- conversation ----------------------------------------------------------------------------------------------
 
 def chat(capsys, monkeypatch, folder, text: str, *flags) -> tuple[str, str]:
