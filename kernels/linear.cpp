@@ -48,6 +48,7 @@ constexpr int PANEL = 32, UNIT = 8;
 // blocks.
 template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
+constexpr int NIBBLE_EXCESS = 15;               // what a nibble and its nibble offset, added up, are too large by
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
@@ -178,7 +179,8 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   }
 }
 
-// Of 16 inputs of x as int8: what they were divided by, and -128 times their sum.
+// Of 16 inputs of x as int8: what they were divided by, and what their sum of products starts from, since weights' bytes are
+// too large.
 struct Rounding { float scale; int32_t zero; };
 
 // What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
@@ -205,6 +207,14 @@ struct Groups {
     if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
     return 8 - (to_int(read<bytes>(offset + i * 16)) >> (half ? 4 : 0) & 15);
   }
+#ifdef BYTE_DOT
+  // Nibble offsets plus 7, which makes them 0 ... 15, four times each: what a quad's bytes grow by.
+  inline __m512i quad(int64_t i, int half) const {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(offset + i * 16)));
+    const __m512i each = _mm512_shuffle_epi8(wide, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+    return _mm512_andnot_si512(half ? _mm512_srli_epi16(each, 4) : each, _mm512_set1_epi8(15));
+  }
+#endif
 };
 
 // y [R][32] (+)= x [K / 2][R][2] times a panel.
@@ -241,13 +251,11 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 
 #ifdef BYTE_DOT
 // The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
-// int8's zero point, 128, is what a block's sum starts from: weights of zero give exactly zero. The smaller ones go off by
-// group, in floats.
+// What the bytes are too large by is what a block's sum starts from: zeros give exactly zero, and it costs nothing.
 // Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
 template <class W, int R>
 void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
   constexpr int H = W::HALF == 64 && R > 7 ? 1 : 2, AT_ONCE = H * W::HALF;
-  constexpr bool EXACT = W::BIAS == 128;
   for (int first = 0; first < 2; first += H) {
     const uint8_t* unit = w + first * W::HALF;
     const int8_t* in = x;
@@ -255,23 +263,19 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
     __m512 total[R][H] = {};
     for (int64_t i = 0; i < g.count; i++) {
       __m512 sum[R][H] = {};
-      ints bias[H];                                           // of the values, times the sum of x
-      for (int h = 0; h < H; h++) {
-        bias[h] = ints{} - (EXACT ? 0 : W::BIAS);
-        if (g.offset) bias[h] += g.offsets(i, first + h);
-#pragma GCC unroll 12
-        for (int r = 0; r < R && !EXACT; r++)
-          sum[r][h] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)bias[h]), _mm512_set1_ps(g.x_sum[i * R + r]));
-      }
+      __m512i plus[H] = {}, offset[H] = {};                   // nibbles, for each byte of a quad; or any, in 16 bits
+      for (int h = 0; h < H && g.offset; h++)
+        if (g.nibbles) plus[h] = g.quad(i, first + h);
+        else offset[h] = (__m512i)g.offsets(i, first + h);
       if (first == 0) g.fetch<LEVEL<W, R>>(i);
       const auto block = [&](auto units) {
-        __m512i dot[R][H] = {};
+        __m512i dot[R][H];
 #pragma GCC unroll 12
-        for (int r = 0; r < R && EXACT; r++)
+        for (int r = 0; r < R; r++)
           for (int h = 0; h < H; h++) {
             dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
-            if (g.offset)                           // a product of 16-bit halves; the offset's upper one is zero
-              dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], (__m512i)bias[h], _mm512_set1_epi32(rounding[r].zero / -128));
+            if (g.offset && !g.nibbles)                     // a product of 16-bit halves, the upper ones times zero
+              dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
           }
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
@@ -279,7 +283,11 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
           for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, LEVEL<W, R>);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
-            const __m512i values[] = {W::quad(unit, q), W::quad(unit + (H - 1) * W::HALF, q)};
+            __m512i values[H];
+            for (int h = 0; h < H; h++) {
+              values[h] = W::quad(unit + h * W::HALF, q);
+              if (std::is_same_v<W, Int4>) values[h] = _mm512_add_epi8(values[h], plus[h]);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
               const __m512i four = _mm512_set1_epi32(read<int32_t>(in + (q * R + r) * 4));
@@ -508,9 +516,9 @@ template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t 
 }
 
 #ifdef BYTE_DOT
-// n inputs, at most 16 blocks -> int8 in the order of quads, how each block was rounded, and `sums` [16] of what they
-// stand for. From one quad and one block to the next it is `stride` of them.
-void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* quads, Rounding* rounding, float* sums) {
+// n inputs, at most 16 blocks -> int8 in the order of quads, and how each block was rounded. From one quad and one block to
+// the next it is `stride` of them.
+void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t excess, int32_t* quads, Rounding* rounding) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   alignas(64) at::BFloat16 padded[LANES * BLOCK];
   if (n < LANES * BLOCK) {
@@ -532,28 +540,22 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t* qua
     else
       for (int i = 0; i < 4 && j * BLOCK + 4 * i < n; i++) quads[(4 * j + i) * stride] = quad[i];
   }
-  const floats total = fold(v, [](floats a, floats b) { return a + b; });
-  const ints zero = __builtin_convertvector(total, ints) * -128;
-  write(sums, total * scale);
+  const ints zero = __builtin_convertvector(fold(v, [](floats a, floats b) { return a + b; }), ints) * -excess;
   for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], zero[j]};
 }
 
-// x [M, K] -> blocks of [K / 4][rows][4] in int8; how they were rounded; and sums by group.
-at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t group, int64_t block,
-                      std::vector<Rounding>& rounding, std::vector<float>& x_sum) {
-  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK, groups = (K + group - 1) / group;
+// x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
+at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, std::vector<Rounding>& rounding) {
+  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK;
   const at::Tensor out = at::empty({M * K}, at::kChar);
   int32_t* quads = (int32_t*)out.data_ptr();
-  rounding.resize(M * count), x_sum.assign(M * groups, 0);
+  rounding.resize(M * count);
   at::parallel_for(0, M, 4, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
-      for (int64_t k = 0; k < K; k += step) {
-        alignas(64) float sums[LANES];
-        round_blocks(x + m * K + k, std::min(step, K - k), rows, quads + first * K / 4 + k / 4 * rows + r,
-                     rounding.data() + first * count + k / BLOCK * rows + r, sums);
-        for (int64_t j = 0; j < LANES && k + j * BLOCK < K; j++) x_sum[first * groups + (k + j * BLOCK) / group * rows + r] += sums[j];
-      }
+      for (int64_t k = 0; k < K; k += step)
+        round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
+                     rounding.data() + first * count + k / BLOCK * rows + r);
     }
   });
   return out;
@@ -596,7 +598,8 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     Product p{job, m.N, m.K, block, job.x, m.scales ? m.group ? m.group : m.K : 0};  // 0 with scales: one group, the row
 #ifdef BYTE_DOT
-    if constexpr (std::is_same_v<X, int8_t>) p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, p.group, block, p.rounding, p.x_sum);
+    if constexpr (std::is_same_v<X, int8_t>)
+      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, m.offsets && m.nibbles ? NIBBLE_EXCESS : W::BIAS, p.rounding);
     else
 #endif
     {

@@ -131,6 +131,26 @@ def test_bias_and_order_of_inputs(kind, group, path):
     assert torch.equal(layer(torch.arange(32)), wanted)
 
 
+@pytest.mark.parametrize("bits, lowest, highest, nibbles", [(8, -128, 127, False), (4, -7, 8, True), (4, -7, 8, False)])
+@pytest.mark.parametrize("path", ["rounded"], indirect=True)
+def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, nibbles, path):
+    """Value and offset that cancel, beside inputs of any size and sign: what a block's sum starts from."""
+    K, N = 224, 40
+    offsets = torch.randint(lowest, highest + 1, (N, K // 32), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    if bits == 8:
+        offsets[offsets == -128] = 127                     # whose value would be 128
+    offsets[1] = 0
+    values = -offsets.repeat_interleave(32, 1)
+    values[1] = 1
+    w = cpu.pack(values if bits == 8 else (values + 8).to(torch.uint8), bits)
+    packed = cpu.pack_offsets(offsets, bits) if nibbles or bits == 8 else cpu.pack_groups(offsets)
+    scales = cpu.pack_groups(torch.full((N, K // 32), 0.5, dtype=torch.bfloat16))
+    for M in (1, 2, 5, 8, 9, 32):
+        x = inputs(M, K, torch.bfloat16) * torch.logspace(-3, 3, M)[:, None].bfloat16()
+        y = cpu.linear(x, w, scales, packed, N, bits, 32)
+        assert not y[:, [0, *range(2, N)]].any() and y[:, 1].all()
+
+
 @pytest.mark.parametrize("kind, group", [(Int8Linear, 0), (Int4Linear, 32), (Fp4Linear, 32)])
 @pytest.mark.parametrize("M", [1, 3, 12, 13, 31])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
