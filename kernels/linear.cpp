@@ -256,6 +256,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 template <class W, int R>
 void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
   constexpr int H = W::HALF == 64 && R > 7 ? 1 : 2, AT_ONCE = H * W::HALF;
+  constexpr bool INT4 = std::is_same_v<W, Int4>;
   for (int first = 0; first < 2; first += H) {
     const uint8_t* unit = w + first * W::HALF;
     const int8_t* in = x;
@@ -265,7 +266,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
       __m512 sum[R][H] = {};
       __m512i plus[H] = {}, offset[H] = {};                   // nibbles, for each byte of a quad; or any, in 16 bits
       for (int h = 0; h < H && g.offset; h++)
-        if (g.nibbles) plus[h] = g.quad(i, first + h);
+        if (INT4 && g.nibbles) plus[h] = g.quad(i, first + h);
         else offset[h] = (__m512i)g.offsets(i, first + h);
       if (first == 0) g.fetch<LEVEL<W, R>>(i);
       const auto block = [&](auto units) {
@@ -274,7 +275,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
         for (int r = 0; r < R; r++)
           for (int h = 0; h < H; h++) {
             dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
-            if (g.offset && !g.nibbles)                     // a product of 16-bit halves, the upper ones times zero
+            if (g.offset && !(INT4 && g.nibbles))                 // a product of 16-bit halves, the upper ones times zero
               dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
           }
 #pragma GCC unroll 2
@@ -286,7 +287,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
             __m512i values[H];
             for (int h = 0; h < H; h++) {
               values[h] = W::quad(unit + h * W::HALF, q);
-              if (std::is_same_v<W, Int4>) values[h] = _mm512_add_epi8(values[h], plus[h]);
+              if (INT4) values[h] = _mm512_add_epi8(values[h], plus[h]);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
