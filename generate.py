@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -118,17 +118,12 @@ def unpacked(model: Transformer) -> bool:
     return isinstance(model.layers[0].attention.wo, torch.nn.Linear)
 
 
-@contextmanager
-def one_row_matmul(model: Transformer, rows: int):
+def one_row_matmul(model: Transformer, rows: int) -> AbstractContextManager:
     """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
     faster. Packed weights need neither."""
-    before = torch.backends.mkldnn.enabled
     if rows == 1 and unpacked(model):
-        torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+        return torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
+    return nullcontext()
 
 
 def bucket(n: int) -> int:
@@ -204,12 +199,12 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
     if steps.blocks and tokens.device.type == REPLAYED:
         yield from steps.blocks(model, steps, tokens, input_pos, filled, n, sampler, ends)
         return
-    key_pos = attended(model, filled)
+    key_pos, first = attended(model, filled), input_pos[:, None]
     for i in range(n):
         if filled + i > key_pos.shape[0]:
             key_pos = attended(model, filled + i)
         with one_row_matmul(model, len(tokens)):
-            logits = steps.decode(model, tokens[:, None], (input_pos + i)[:, None], key_pos)
+            logits = steps.decode(model, tokens[:, None], first + i, key_pos)
         tokens = sampler(logits)
         yield tokens
 
