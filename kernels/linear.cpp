@@ -449,13 +449,13 @@ template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
 }
 
 // f(begin, end) on all of 0 ... n - 1, by as many threads as there are grains. A thread takes a part of what is left, at
-// last one: where another program holds up one of them, the others do more, and all end together.
+// last a grain: where another program holds up one of them, the others do more, and all end together.
 template <class F> void share(int64_t n, int64_t grain, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t at = next, end; at < n;)
-      if (next.compare_exchange_weak(at, end = at + std::max<int64_t>(1, (n - at) / (2 * threads)))) f(at, end), at = next;
+      if (next.compare_exchange_weak(at, end = std::min(n, at + std::max(grain, (n - at) / (2 * threads))))) f(at, end), at = next;
   });
 }
 
