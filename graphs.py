@@ -7,7 +7,7 @@ not: compilation; what is recorded is the compiled step of generate.py. Speculat
 leaves graphs to the compiler. kernels/gpu_block.py, what such a step launches, is what to read next.
 
 A replay repeats launches and nothing else. So all that changes between two blocks lies in tensors that stay where they
-are, and in the generators: `State`. No GPU has run it yet; the tests replay what PyTorch's tracer wrote down on a CPU.
+are, and in the generators: `State`. No GPU has run it yet; the tests replay what PyTorch's dispatcher saw on a CPU.
 """
 import weakref
 from collections.abc import Callable, Iterator
