@@ -9,6 +9,7 @@ Reading order: `load_checkpoint` (the story), `open_source` (file formats), the 
 `save_checkpoint` (our own files), `resolve` (the hub). Then architecture.py for names and configs, or
 generate.py, which runs the model.
 """
+import ctypes
 import itertools
 import json
 import math
@@ -668,7 +669,8 @@ def write_safetensors(state: dict[str, Tensor], about: dict | None, path: Path):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in list(header)[1:]:
-            file.write(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            t = state[name].detach().cpu().contiguous()
+            file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))        # .numpy() is no dependency
 
 
 def write_pth(state: dict[str, Tensor], about: dict, path: Path):

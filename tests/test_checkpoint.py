@@ -316,6 +316,18 @@ def test_pickled_tied_pair_is_loaded_once(tmp_path):
     assert load_checkpoint(folder).args.tied
 
 
+def test_files_are_written_without_numpy(tmp_path):
+    """It is no dependency, and a fresh environment does not have it."""
+    code = "import sys; sys.modules['numpy'] = None; import torch; from checkpoint import write_safetensors; from pathlib import Path; " \
+           "write_safetensors({'a': torch.arange(6).bfloat16().view(2, 3).t(), 'b': torch.empty(0), 'c': torch.tensor([7], dtype=torch.int8)}," \
+           " None, Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "x.safetensors")], cwd=Path(checkpoint.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "x.safetensors")
+    assert found["a"].tolist() == [[0, 3], [1, 4], [2, 5]] and found["b"].numel() == 0 and found["c"].tolist() == [7]
+
+
 def test_own_file_stores_a_tied_pair_once(tmp_path):
     tensors = llama_tensors()
     del tensors["lm_head.weight"]
