@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # said when torch is imported; nothing here needs it
 
 import torch
 import torch.nn as nn

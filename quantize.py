@@ -9,8 +9,11 @@ quantize_cli.py; a better rounding, GPTQ, is in gptq.py; other people's files ar
 Letters: N outputs, K inputs, G groups of inputs that share a scale; w = (q - zero) * scale.
 """
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # said when torch is imported; nothing here needs it
 
 import torch
 import torch.nn as nn

@@ -255,3 +255,11 @@ def test_who_answers_one_prompt_is_in_a_hurry(flags, hurries, monkeypatch):
     monkeypatch.setattr(cli.cpu, "HURRY", {})
     monkeypatch.setattr(cli, "load_model", lambda *path, **options: bool(cli.cpu.HURRY))
     assert cli.load(cli.parser().parse_args(flags.split()), {}) == hurries
+
+
+@pytest.mark.parametrize("script", ["generate.py", "quantize.py", "eval.py"])
+def test_nothing_is_said_about_numpy(script):
+    """PyTorch warns on import where there is none, as in a fresh environment: the first thing a newcomer would read."""
+    code = f"import runpy, sys; sys.modules['numpy'] = None; sys.argv = ['{script}', '--help']; runpy.run_path('{script}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
