@@ -112,8 +112,8 @@ def compile_step(step: Callable, graphs: bool = True) -> Callable:
 def conditions(guards: list) -> list[bool]:
     """Of what was so when a graph was compiled: what to look at before every call. Not a model's modules, whose 4,000 facts
     take 0.6 ms: it keeps its number, and its modules; nor globals. But ropes change, and caches grow, all with the first one's."""
-    return [g.guard_type == "TENSOR_MATCH" if "cache" in g.name and "'0'" in g.name else
-            "ropes'" in g.name or "_modules" not in g.name and not g.name.startswith("G[") for g in guards]
+    return [g.guard_type == "TENSOR_MATCH" if "cache" in g.name and ("'0'" in g.name or "calls[0]" in g.name) else
+            "ropes'" in g.name or not (".calls" in g.name or "_modules" in g.name or g.name.startswith("G[")) for g in guards]
 
 
 def unpacked(model: Transformer) -> bool:

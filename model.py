@@ -125,6 +125,7 @@ class Transformer(nn.Module):
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=args.output_bias)
         self.ropes = nn.ModuleList(RotaryEmbedding(rope, args.max_position) for rope in args.ropes)
         self.max_batch_size = self.max_seq_length = self.cache_slots = 0
+        self.calls = None                       # a device may have one for several layers: see kernels/
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, slots: int = 0) -> bool:
         """Make room for `max_batch_size` rows of `max_seq_length` tokens; True if that took a new allocation.
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)                                              # [B, T, D]
         if self.args.embedding_scale != 1.0:        # rounded to x's dtype first, as Gemma was trained
             x = x * torch.full((), self.args.embedding_scale, dtype=x.dtype, device=x.device)
-        for layer, rope, window in zip(self.layers, self.args.layer_ropes, self.args.layer_windows):
+        for layer, rope, window in self.calls or zip(self.layers, self.args.layer_ropes, self.args.layer_windows):
             x = layer(x, where, rotations[rope], masks[window])
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))       # [B, n, D]

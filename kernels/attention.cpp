@@ -159,11 +159,11 @@ std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, in
   return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
 }
 
-template <class X> void attend_all(const Attention& a) {
+template <class X> void attend_all(const Attention& a, Team* team) {
   const int64_t H = a.H, T = a.T, E = a.E, R = H / a.K * T, room = (a.S + 31) / LANES * LANES;
   const X *q = (const X*)a.q, *k = (const X*)a.k, *v = (const X*)a.v;
   const int64_t grain = std::max<int64_t>(1, 65536 / (a.S * R * E));                 // as in linear.cpp
-  at::parallel_for(0, a.B * a.K, grain, [&](int64_t begin, int64_t end) {
+  share(team, a.B * a.K, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scores, y;
     thread_local std::vector<Query<X>> queries;
     scores.resize(R * room), y.resize(R * E), queries.resize(R * E);
@@ -200,7 +200,7 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
               B, H, T, E, k.size(1), k.size(2), scale, cap};
   for (int i = 0; i < 3; i++) a.q_strides[i] = q.stride(i), a.k_strides[i] = k.stride(i), a.v_strides[i] = v.stride(i);
   a.mask_strides[0] = mask.stride(0), a.mask_strides[1] = mask.stride(2);
-  if (type == aoti_torch_dtype_bfloat16()) attend_all<at::BFloat16>(a); else attend_all<float>(a);
+  if (type == aoti_torch_dtype_bfloat16()) attend_all<at::BFloat16>(a, nullptr); else attend_all<float>(a, nullptr);
   return out;
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "team.h"
+
 // A packed weight, as `pack` in cpu.py lays it out. Fields of 8 bytes, which cpu_block.py writes one behind another.
 struct Matrix {
   int64_t N, K, bits, group;
@@ -16,7 +18,7 @@ struct Matrix {
 };
 
 // y [rows, N] = x [rows, K] @ w.T, without the bias
-using Multiply = void(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y);
+using Multiply = void(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team);
 
 // softmax(q @ k.T * scale) @ v, of one dtype (step.cpp's: bfloat16), with rows of E in one piece.
 struct Attention {
@@ -27,4 +29,4 @@ struct Attention {
   double scale, cap;                  // cap 0: no soft cap of the scores
   int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[2];
 };
-using Attend = void(const Attention& a);
+using Attend = void(const Attention& a, Team* team);

@@ -30,7 +30,7 @@ from model import rotate as plain_rotate
 PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attention.cpp",), ("step.cpp",))
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
-HEADERS = ("vectors.h", "calls.h")
+HEADERS = ("vectors.h", "calls.h", "team.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -71,7 +71,7 @@ def load(kinds: list[tuple]) -> bool:
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:
         torch.library.register_fake("cpu_attention::attend", shape_of_attend)
-        torch.library.register_fake("cpu_step::block", lambda x, *rest: x.new_empty(x.shape))
+        torch.library.register_fake("cpu_step::blocks", lambda x, *rest: x.new_empty(x.shape))
     torch.ops.cpu_step.connect(torch.ops.cpu_attention.address(), torch.ops.cpu_bfloat16.address(),
                                torch.ops.cpu_kernels.address() if QUANTIZED[0] in kinds else 0)
     return True
@@ -327,13 +327,21 @@ class PackedNorm(RMSNorm):
 
 
 class PackedCache(KVCache):
-    """KVCache whose new entries are written in one call."""
+    """KVCache whose new entries are written in one call. place: where it says where it lies, or None; see cpu_block.py."""
+    place = None
 
     def __init__(self, cache: KVCache):
         nn.Module.__init__(self)
         self.n_kv_heads, self.head_dim = cache.n_kv_heads, cache.head_dim
         self.register_buffer("k", cache.k, persistent=False)
         self.register_buffer("v", cache.v, persistent=False)
+
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        if name in ("k", "v", "place") and self.place is not None:
+            k, v = self.k, self.v
+            here = [0] * 4 if k is None or v is None else [k.data_ptr(), v.data_ptr(), len(v), v.shape[2]]
+            self.place.copy_(torch.tensor(here))
 
     def forward(self, where: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         if self.k is None or not by_call(k) or k.dtype != self.k.dtype:

@@ -1,13 +1,14 @@
-"""A Transformer's block in one call on a CPU, for steps of few tokens.
+"""A Transformer's blocks in one call on a CPU, for steps of few tokens.
 
-What it is: `OneCall`, the same layers run by step.cpp, which has the other kernels multiply and attend. A compiled step
-spent an eighth of its time, and an eager one a quarter, between those: calls, loops of a microsecond, tensors. What it is
-not: another model. TransformerBlock is what it means and what runs for prompts, without a cache, in another dtype than
-bfloat16, and where something does not fit. Mixtures, and feed-forwards of another form, share the first half. The call
-knows weights by their addresses: layers and norms that are put into a block later, and hooks on them, it does not see,
-until the model is packed again. cpu.py lays the weights out.
+What it is: `OneCall`, a block whose layers step.cpp runs, which has the other kernels multiply and attend, and `Blocks`,
+consecutive ones in one call: calls, loops of a microsecond and tensors between the products took an eighth of a compiled step
+and a quarter of an eager one. What it is not: another model. TransformerBlock is what it means and what runs for prompts,
+without a cache, in another dtype than bfloat16, and where something does not fit. Mixtures, and feed-forwards of another
+form, share the first half. The call knows weights and caches by their addresses: layers and norms that are put into a block
+later, and hooks on them, it does not see, until the model is packed again. cpu.py lays the weights out.
 """
 import struct
+from itertools import groupby
 
 import torch
 import torch.nn as nn
@@ -21,15 +22,21 @@ KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                   
 SCALES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}                    # by theirs in c10/core/ScalarType.h
 
 
+PLACE = 4                               # the last numbers of a form: where its cache lies
+
+
 class OneCall(TransformerBlock):
     """form: what step.cpp reads, a Block there; held: the tensors whose addresses are in it; both_halves: or the first one."""
 
+    def takes(self, x: Tensor) -> bool:
+        k = self.attention.cache.k
+        return x.shape[1] <= FEW and x.dtype == torch.bfloat16 and x.device.type == "cpu" and k is not None and k.dtype == x.dtype
+
     def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
-        cache = self.attention.cache
-        if x.shape[1] > FEW or x.dtype != torch.bfloat16 or x.device.type != "cpu" or cache.k is None or cache.k.dtype != x.dtype:
+        if not self.takes(x):
             return super().forward(x, where, rotation, mask)
-        x = torch.ops.cpu_step.block(x, self.form, cache.k, cache.v, where[2][:, 0], *(rotation or (None, None)), mask)
+        x = torch.ops.cpu_step.blocks(x, self.form, where[2][:, 0], *(rotation or (None, None)), mask)
         if self.both_halves:
             return x
         return torch.add(x, self.post_ffn_norm(self.feed_forward(self.ffn_norm(x))), alpha=self.residual_scale)
@@ -43,18 +50,63 @@ class OneCall(TransformerBlock):
         return TransformerBlock.__new__, (TransformerBlock,), state
 
 
+class Blocks:
+    """Consecutive blocks with the same rotation and mask, called as one. forms: theirs."""
+
+    def __init__(self, blocks: list[OneCall], forms: Tensor):
+        self.blocks, self.forms = blocks, forms
+
+    def __call__(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
+                 mask: Tensor) -> Tensor:
+        if all(type(block) is OneCall for block in self.blocks) and self.blocks[0].takes(x):
+            return torch.ops.cpu_step.blocks(x, self.forms, where[2][:, 0], *(rotation or (None, None)), mask)
+        for block in self.blocks:
+            x = block(x, where, rotation, mask)
+        return x
+
+
+class Calls(list):
+    """Transformer.calls. A copy of the model has layers of its own, and none of these."""
+
+    def __reduce_ex__(self, protocol):
+        return type(None), ()
+
+
 def pack_part(model: Transformer, part: nn.Module):
     """Blocks that the kernels know run in one call, once everything is where it stays: `part` is the model itself."""
-    for block in model.layers if part is model else ():
-        if fits(take_apart(block)):
-            block.both_halves = multiplies(block.feed_forward)
-            block.form, block.held = form_of(block)
-            block.__class__ = OneCall       # the same weights, another way through them
+    if part is not model:
+        return
+    fitting = [block for block in model.layers if fits(take_apart(block))]
+    for block in fitting:
+        block.both_halves = multiplies(block.feed_forward)
+    made = [form_of(block) for block in fitting]
+    forms = torch.stack([form for form, _ in made]) if made else None
+    for i, block in enumerate(fitting):
+        block.form, block.held = forms[i:i + 1], made[i][1]
+        block.attention.cache.place = forms[i, -PLACE:]
+        block.__class__ = OneCall           # the same weights, another way through them
+    model.calls = calls_of(model, fitting, forms)
+
+
+def calls_of(model: Transformer, fitting: list[OneCall], forms: Tensor | None) -> Calls:
+    """Transformer.calls: what `forward` calls in place of the layers one by one."""
+    def alike(layer: tuple[TransformerBlock, int, int]) -> tuple:
+        return type(layer[0]) is OneCall and layer[0].both_halves, *layer[1:]
+    calls = Calls()
+    for (joined, rope, window), group in groupby(zip(model.layers, model.args.layer_ropes, model.args.layer_windows), alike):
+        blocks = [block for block, *_ in group]
+        if joined:
+            at = fitting.index(blocks[0])
+            blocks = [Blocks(blocks, forms[at:at + len(blocks)])]
+        calls += [(block, rope, window) for block in blocks]
+    return calls
 
 
 def take_apart(block: TransformerBlock) -> TransformerBlock:
     if type(block) is OneCall:
         block.__class__ = TransformerBlock
+        block.attention.cache.place = None
+        block.form.zero_()                  # who still has it is told
         del block.form, block.held, block.both_halves
     return block
 
@@ -99,6 +151,7 @@ def form_of(block: TransformerBlock) -> tuple[Tensor, list[Tensor]]:
     fields = [n for layer in layers for n in matrix(layer)] + [n for norm in norms_of(block) for n in normed(norm)]
     fields += [a.n_heads, a.n_kv_heads, a.head_dim, int(a.qk_norm == "full"),
                KNOWN.index(f.activation) if block.both_halves else 0, float(a.scale), float(a.softcap), float(block.residual_scale)]
+    fields += [0] * PLACE
     held = [n.detach() for n in fields if isinstance(n, Tensor)]
     numbers = [n.data_ptr() if isinstance(n, Tensor) else n or 0 for n in fields]
     kinds = "".join("d" if isinstance(n, float) else "q" for n in fields)

@@ -34,6 +34,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -448,26 +449,15 @@ template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
   std::copy_n(sums, n, y);
 }
 
-// f(begin, end) on all of 0 ... n - 1, by as many threads as there are grains. A thread takes a part of what is left, at
-// last a grain: where another program holds up one of them, the others do more, and all end together.
-template <class F> void share(int64_t n, int64_t grain, const F& f) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t at = next, end; at < n;)
-      if (next.compare_exchange_weak(at, end = std::min(n, at + std::max(grain, (n - at) / (2 * threads))))) f(at, end), at = next;
-  });
-}
-
 // Several products of one shape, but for their rows; the threads share all their panels.
 template <class W, class X, class Y>
-void run(const std::vector<Product>& products) {
+void run(const std::vector<Product>& products, Team* team) {
   int64_t rows = 0;
   for (const Product& p : products) rows = std::max(rows, p.M);
   const int64_t K = products[0].K, panels = (products[0].N + PANEL - 1) / PANEL;
   // a thread is worth waking for 64 K multiplications
   const int64_t grain = std::max<int64_t>(1, 65536 / (K * PANEL * std::min<int64_t>(rows, 8)));
-  share(panels * products.size(), grain, [&](int64_t begin, int64_t end) {
+  share(team, panels * products.size(), grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch s;
     s.y.resize(rows * PANEL);
     for (int64_t i = begin; i < end; i++) {
@@ -480,12 +470,12 @@ void run(const std::vector<Product>& products) {
 }
 
 // x [M, K] -> blocks of [K / 2][rows][2].
-template <class X> at::Tensor arrange(const X* x, int64_t M, int64_t K, int64_t block) {
+template <class X> at::Tensor arrange(const X* x, int64_t M, int64_t K, int64_t block, Team* team) {
   const at::Tensor out = at::empty({M * K}, at::dtype<X>());
   using Two = std::conditional_t<sizeof(X) == 2, uint32_t, uint64_t>;
   const Two* in = (const Two*)x;
   Two* to = (Two*)out.data_ptr();
-  at::parallel_for(0, (M + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+  share(team, (M + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin * block; m < std::min(M, end * block); m += block) {
       const int64_t rows = std::min(block, M - m);
       for (int64_t k = 0; k < K / 2; k++)
@@ -496,10 +486,10 @@ template <class X> at::Tensor arrange(const X* x, int64_t M, int64_t K, int64_t 
 }
 
 // x [M, K] -> for offsets, its sums by group, blocks of [groups][rows].
-template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t K, int64_t group, int64_t block) {
+template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t K, int64_t group, int64_t block, Team* team) {
   const int64_t G = (K + group - 1) / group;
   std::vector<float> out(M * G);
-  at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
+  share(team, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const int64_t first = m / block * block, rows = std::min(block, M - first);
       const X* in = x + m * K;
@@ -546,12 +536,13 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t exce
 }
 
 // x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
-at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, std::vector<Rounding>& rounding) {
+at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, std::vector<Rounding>& rounding,
+                      Team* team) {
   const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK;
   const at::Tensor out = at::empty({M * K}, at::kChar);
   int32_t* quads = (int32_t*)out.data_ptr();
   rounding.resize(M * count);
-  at::parallel_for(0, M, 4, [&](int64_t begin, int64_t end) {
+  share(team, M, 4, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
       for (int64_t k = 0; k < K; k += step)
@@ -591,7 +582,7 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
 }
 
 // Jobs whose matrices have one shape; x and y of `type`.
-template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::ScalarType type) {
+template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::ScalarType type, Team* team) {
   std::vector<Product> products;
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
@@ -600,22 +591,22 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
     Product p{job, m.N, m.K, block, job.x, m.scales ? m.group ? m.group : m.K : 0};  // 0 with scales: one group, the row
 #ifdef BYTE_DOT
     if constexpr (std::is_same_v<X, int8_t>)
-      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, m.offsets && m.nibbles ? NIBBLE_EXCESS : W::BIAS, p.rounding);
+      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, m.offsets && m.nibbles ? NIBBLE_EXCESS : W::BIAS, p.rounding, team);
     else
 #endif
     {
       const auto dtype = c10::CppTypeToScalarType<X>::value;
       if (type != dtype) p.kept = at::from_blob((void*)job.x, {M, m.K}, type).to(dtype);
       const X* x = (const X*)(p.kept.defined() ? p.kept.data_ptr() : job.x);
-      if (m.offsets) p.x_sum = group_sums(x, M, m.K, p.group, block);
-      if (M > 1) p.kept = arrange(x, M, m.K, block);
+      if (m.offsets) p.x_sum = group_sums(x, M, m.K, p.group, block, team);
+      if (M > 1) p.kept = arrange(x, M, m.K, block, team);
     }
     if (p.kept.defined()) p.arranged = p.kept.data_ptr();
     products.push_back(std::move(p));
   }
-  if (type == at::kBFloat16) run<W, X, at::BFloat16>(products);
-  else if (type == at::kHalf) run<W, X, at::Half>(products);
-  else run<W, X, float>(products);
+  if (type == at::kBFloat16) run<W, X, at::BFloat16>(products, team);
+  else if (type == at::kHalf) run<W, X, at::Half>(products, team);
+  else run<W, X, float>(products, team);
 }
 
 bool rounded_activations = true;
@@ -630,15 +621,15 @@ bool round_activations(bool wanted) {
 #endif
 }
 
-void multiply_all(std::vector<Job> jobs, at::ScalarType type) {
+void multiply_all(std::vector<Job> jobs, at::ScalarType type, Team* team = nullptr) {
   const int64_t bits = jobs[0].matrix.bits;
   const auto by_kind = [&](auto zero) {
     using X = decltype(zero);
-    if (bits == 16) multiply_as<Bfloat16, X>(jobs, type);
+    if (bits == 16) multiply_as<Bfloat16, X>(jobs, type, team);
     if constexpr (QUANTIZED) {
-      if (bits == 8) multiply_as<Int8, X>(jobs, type);
-      if (bits == 4) multiply_as<Int4, X>(jobs, type);
-      if (bits == FP4) multiply_as<Fp4, X>(jobs, type);
+      if (bits == 8) multiply_as<Int8, X>(jobs, type, team);
+      if (bits == 4) multiply_as<Int4, X>(jobs, type, team);
+      if (bits == FP4) multiply_as<Fp4, X>(jobs, type, team);
     }
   };
 #if defined(BYTE_DOT) && !defined(BFLOAT16_ONLY)
@@ -646,9 +637,9 @@ void multiply_all(std::vector<Job> jobs, at::ScalarType type) {
     const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.M <= DIRECT; });
     const std::vector<Job> few(jobs.begin(), many);
     jobs.erase(jobs.begin(), many);
-    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, type);
-    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, type);
-    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, type);
+    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, type, team);
+    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, type, team);
+    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, type, team);
     if (jobs.empty()) return;
   }
 #endif
@@ -685,8 +676,8 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const Optional& 
 }
 
 // The same for step.cpp, which is another library: it calls this by its address.
-void multiply_matrix(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y) {
-  multiply_all({{m, x, rows, y}}, at::kBFloat16);
+void multiply_matrix(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team) {
+  multiply_all({{m, x, rows, y}}, at::kBFloat16, team);
 }
 
 // ---- a mixture of experts -----------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ inline void store16(at::BFloat16* p, floats v) {
 }
 
 // f(row) for all of them, by threads where there is work enough.
-template <class F> void by_row(int64_t rows, int64_t width, const F& f) {
-  at::parallel_for(0, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
+template <class F> void by_row(Team* team, int64_t rows, int64_t width, const F& f) {
+  share(team, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) f(r);
   });
 }
@@ -90,7 +90,7 @@ Tensor norm(const Tensor& input, const Tensor& scale, double eps, bool cast, dou
     using X = decltype(zero);
     const X *from = x.const_data_ptr<X>(), *by = scale.const_data_ptr<X>();
     X* to = y.mutable_data_ptr<X>();
-    by_row(rows, D, [&](int64_t r) { norm_row(from + r * D, by, D, eps, cast, plus, to + r * D); });
+    by_row(nullptr, rows, D, [&](int64_t r) { norm_row(from + r * D, by, D, eps, cast, plus, to + r * D); });
   });
   return y;
 }
@@ -119,7 +119,7 @@ Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines) {
     X* y0 = y.mutable_data_ptr<X>();
     const float *cos0 = cos.const_data_ptr<float>(), *sin0 = sin.const_data_ptr<float>();
     const auto strides = x.strides();
-    at::parallel_for(0, B * H * T, 1 + 65536 / E, [&](int64_t begin, int64_t end) {
+    share(nullptr, B * H * T, 1 + 65536 / E, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / (H * T), h = i / T % H, t = i % T;
         const X* from = x0 + b * strides[0] + h * strides[1] + t * strides[2];
@@ -198,6 +198,8 @@ struct Block {
   int64_t H, K, E, over_heads;        // whether q_norm and k_norm go over all heads together
   int64_t activation;                 // of the feed-forward: 1 silu, 2 gelu_tanh; 0: it is not among this
   double scale, cap, residual_scale;
+  bfloat16 *k, *v;                    // the cache [rows, K, slots, E]
+  int64_t rows, slots;
 };
 
 Attend* attend = nullptr;             // other libraries' functions
@@ -210,10 +212,10 @@ void connect(int64_t attention, int64_t bfloat16, int64_t quantized) {
 void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
 
 // x [rows, D] normed, in `room`; or x itself.
-const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, std::vector<bfloat16>& room) {
+const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, std::vector<bfloat16>& room, Team* team) {
   if (!n.scale) return x;
   room.resize(rows * D);
-  by_row(rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, room.data() + r * D); });
+  by_row(team, rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, room.data() + r * D); });
   return room.data();
 }
 
@@ -225,15 +227,16 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
 }
 
 // x [rows, K] -> y [rows, N]
-void multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& y) {
+void multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& y, Team* team) {
   y.resize(rows * m.N);
-  (m.bits == 16 ? multiply_bfloat16 : multiply_quantized)(m, x, rows, y.data());
+  (m.bits == 16 ? multiply_bfloat16 : multiply_quantized)(m, x, rows, y.data(), team);
   for (int64_t r = 0; m.bias && r < rows; r++) add_row(m.bias, 1, m.N, y.data() + r * m.N);
 }
 
 // y [rows, D] += alpha * norm(x)
-void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, std::vector<bfloat16>& room, bfloat16* y) {
-  add_row(normed(n, x, rows, D, room), alpha, rows * D, y);
+void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, std::vector<bfloat16>& room, bfloat16* y,
+         Team* team) {
+  add_row(normed(n, x, rows, D, room, team), alpha, rows * D, y);
 }
 
 inline floats sigmoid(floats x) {
@@ -251,7 +254,16 @@ void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
   }
 }
 
-struct Rows { int64_t B, T, D; bfloat16* x; };         // x [B, T, D], changed in place
+// What all blocks of a call have in common.
+struct Step {
+  int64_t B, T, D, n, S;              // n: the pairs of a head that turn
+  bfloat16* x;                        // [B, T, D], changed in place
+  const int64_t* pos;                 // [B, T]: the slots that keys and values go to
+  const float *cos, *sin;             // [B, T, n]
+  const bool* mask;                   // [B, T, S], true: visible
+  int64_t mask_strides[2];
+  Team* team;
+};
 
 // q, k and v of one token [(H + 2K) E]: norms and rotation of q and k.
 void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, int64_t n) {
@@ -264,62 +276,68 @@ void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, 
   }
 }
 
-// x += attention(norm(x)); k and v [B or more, K, S, E] at slots pos [B, T]; cos, sin [B, T, n]; mask [B, T, S].
-void attention_half(const Block& w, const Rows& rows, const Tensor& k_cache, const Tensor& v_cache, const int64_t* pos,
-                    const float* cos, const float* sin, int64_t n, const Tensor& mask) {
+// x += attention(norm(x))
+void attention_half(const Block& w, const Step& s) {
   thread_local std::vector<bfloat16> room, qkv, y;
-  const int64_t B = rows.B, T = rows.T, D = rows.D, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
-  bfloat16* const x = rows.x;
-  const auto k_strides = k_cache.strides(), v_strides = v_cache.strides();
-  bfloat16 *k = k_cache.mutable_data_ptr<bfloat16>(), *v = v_cache.mutable_data_ptr<bfloat16>();
-  multiply(w.wqkv, normed(w.attention_norm, x, B * T, D, room), B * T, qkv);
+  const int64_t n = s.B * s.T, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
+  multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, room, s.team), n, qkv, s.team);
   bfloat16* const all = qkv.data();                   // other threads have vectors of their own under these names
-  by_row(B * T, width, [&](int64_t r) {
+  by_row(s.team, n, width, [&](int64_t r) {
     bfloat16* row = all + r * width;
-    prepare(w, row, cos + r * n, sin + r * n, n);
+    prepare(w, row, s.cos + r * s.n, s.sin + r * s.n, s.n);
     for (int64_t h = 0; h < K; h++) {
-      std::copy_n(row + (H + h) * E, E, k + r / T * k_strides[0] + h * k_strides[1] + pos[r] * k_strides[2]);
-      std::copy_n(row + (H + K + h) * E, E, v + r / T * v_strides[0] + h * v_strides[1] + pos[r] * v_strides[2]);
+      const int64_t slot = (r / s.T * K + h) * w.slots + s.pos[r];
+      std::copy_n(row + (H + h) * E, E, w.k + slot * E);
+      std::copy_n(row + (H + K + h) * E, E, w.v + slot * E);
     }
   });
-  y.resize(B * T * H * E);
-  attend({qkv.data(), k, v, mask.const_data_ptr<bool>(), y.data(), B, H, T, E, K, mask.size(3), w.scale, w.cap,
-          {T * width, E, width}, {k_strides[0], k_strides[1], k_strides[2]}, {v_strides[0], v_strides[1], v_strides[2]},
-          {mask.stride(0), mask.stride(2)}});
-  multiply(w.wo, y.data(), B * T, qkv);
-  add(w.post_attention_norm, qkv.data(), B * T, D, w.residual_scale, room, x);
+  y.resize(n * H * E);
+  const int64_t slots = w.slots * E;
+  attend({qkv.data(), w.k, w.v, s.mask, y.data(), s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width},
+          {K * slots, slots, E}, {K * slots, slots, E}, {s.mask_strides[0], s.mask_strides[1]}}, s.team);
+  multiply(w.wo, y.data(), n, qkv, s.team);
+  add(w.post_attention_norm, qkv.data(), n, s.D, w.residual_scale, room, s.x, s.team);
 }
 
 // x += feed_forward(norm(x))
-void feed_forward_half(const Block& w, const Rows& rows) {
+void feed_forward_half(const Block& w, const Step& s) {
   thread_local std::vector<bfloat16> room, h, y;
-  const int64_t n = rows.B * rows.T, F = w.w13.N / 2;
-  multiply(w.w13, normed(w.ffn_norm, rows.x, n, rows.D, room), n, h);
+  const int64_t n = s.B * s.T, F = w.w13.N / 2;
+  multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, room, s.team), n, h, s.team);
   y.resize(n * F);
   const bfloat16* const from = h.data();              // other threads have vectors of their own under these names
   bfloat16* const to = y.data();
-  by_row(n, F, [&](int64_t r) { gate_row(from + r * 2 * F, F, w.activation == 1, to + r * F); });
-  multiply(w.w2, y.data(), n, h);
-  add(w.post_ffn_norm, h.data(), n, rows.D, w.residual_scale, room, rows.x);
+  by_row(s.team, n, F, [&](int64_t r) { gate_row(from + r * 2 * F, F, w.activation == 1, to + r * F); });
+  multiply(w.w2, y.data(), n, h, s.team);
+  add(w.post_ffn_norm, h.data(), n, s.D, w.residual_scale, room, s.x, s.team);
 }
 
-// x [B, T, D] bfloat16; form: a Block; caches [B or more, K, S or more, E]; pos [B, T]; cos, sin [B, 1, T, n] float32, or none;
-// mask [B, 1, T, S] -> x's shape.
-Tensor block(const Tensor& input, const Tensor& form, const Tensor& k_cache, const Tensor& v_cache, const Tensor& pos,
-             const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines, const Tensor& visible) {
-  const Block& w = *(const Block*)form.const_data_ptr();
+// x [B, T, D] bfloat16 through consecutive blocks; forms [blocks, ...]: a Block each, with the caches; pos [B, T]; cos, sin
+// [B, 1, T, n] float32, or none; mask [B, 1, T, S] -> x's shape.
+Tensor blocks(const Tensor& input, const Tensor& forms, const Tensor& pos, const std::optional<Tensor>& cosines,
+              const std::optional<Tensor>& sines, const Tensor& visible) {
   const Tensor from = whole(input), slots = whole(pos), mask = visible.stride(3) == 1 ? visible : whole(visible);
   const Tensor x = make(from, from.sizes(), from.strides());
-  const Rows rows{from.size(0), from.size(1), from.size(2), x.mutable_data_ptr<bfloat16>()};
-  const int64_t* slot = slots.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows.B * rows.T; i++)
-    TORCH_CHECK_INDEX(slot[i] >= 0 && slot[i] < k_cache.size(2), "position ", slot[i], " in a cache of ", k_cache.size(2), " slots");
-  TORCH_CHECK_INDEX(rows.B <= k_cache.size(0), rows.B, " rows in a cache of ", k_cache.size(0));
-  std::copy_n(from.const_data_ptr<bfloat16>(), rows.B * rows.T * rows.D, rows.x);
   const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
-  const int64_t n = cosines ? cos.size(3) : 0;
-  attention_half(w, rows, k_cache, v_cache, slot, (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), n, mask);
-  if (w.activation) feed_forward_half(w, rows);
+  Step s{x.size(0), x.size(1), x.size(2), cosines ? cos.size(3) : 0, mask.size(3), x.mutable_data_ptr<bfloat16>(),
+         slots.const_data_ptr<int64_t>(), (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(),
+         mask.const_data_ptr<bool>(), {mask.stride(0), mask.stride(2)}};
+  const Block *first = (const Block*)forms.const_data_ptr(), *last = first + forms.size(0);
+  STD_TORCH_CHECK(forms.size(1) * sizeof(int64_t) == sizeof(Block), "a form of another version");
+  for (const Block* w = first; w < last; w++) {
+    STD_TORCH_CHECK(w->k && w->v && s.S <= w->slots, "the model's layers or caches are elsewhere by now: pack it again");
+    TORCH_CHECK_INDEX(s.B <= w->rows, s.B, " rows in a cache of ", w->rows);
+    for (int64_t i = 0; i < s.B * s.T; i++)
+      TORCH_CHECK_INDEX(s.pos[i] >= 0 && s.pos[i] < w->slots, "position ", s.pos[i], " in a cache of ", w->slots, " slots");
+  }
+  std::copy_n(from.const_data_ptr<bfloat16>(), s.B * s.T * s.D, s.x);
+  Team::gather([&](Team* team) {
+    s.team = team;
+    for (const Block* w = first; w < last; w++) {
+      attention_half(*w, s);
+      if (w->activation) feed_forward_half(*w, s);
+    }
+  });
   return x;
 }
 
@@ -335,8 +353,7 @@ STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("keep(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor pos) -> ()");
   m.def("argmax(Tensor x) -> Tensor");
   m.def("connect(int attention, int bfloat16, int quantized) -> ()");
-  m.def("block(Tensor x, Tensor form, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask)"
-        " -> Tensor");
+  m.def("blocks(Tensor x, Tensor(a!) forms, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
@@ -344,7 +361,7 @@ STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("keep", TORCH_BOX(&keep));
   m.impl("argmax", TORCH_BOX(&argmax));
-  m.impl("block", TORCH_BOX(&block));
+  m.impl("blocks", TORCH_BOX(&blocks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("connect", TORCH_BOX(&connect)); }

@@ -9,7 +9,7 @@ import torch
 from experts import pack_model
 from generate import compile_steps, load_model, make_room
 from kernels import cpu
-from kernels.cpu_block import OneCall
+from kernels.cpu_block import PLACE, Blocks, OneCall
 from model import FEW, ModelArgs, RopeArgs, Transformer, TransformerBlock
 from quantize import KINDS
 
@@ -126,6 +126,50 @@ def test_a_model_that_was_moved_is_made_of_blocks_again():
     assert torch.equal(steps_of(moved), before)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_threads_make_no_difference(threads):
+    """One has no team; five are more than there are processors here."""
+    model, before = packed_model("int4", ffn_dim=4096), torch.get_num_threads()
+    wanted = steps_of(model)
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            assert torch.equal(steps_of(model), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("more, wanted", [({}, [2]), (dict(layer_windows=[6, 0]), [1, 1]), (dict(layer_ropes=[0, -1]), [1, 1]),
+                                          (dict(activation="gelu"), []), (dict(n_experts=4, active_experts=2, dense_layers=[1]), [1])])
+def test_consecutive_blocks_are_one_call(more, wanted):
+    """Those with one rotation and one mask; one by one they make the same bits."""
+    model = packed_model(**more)
+    assert [len(call.blocks) for call, *_ in model.calls if isinstance(call, Blocks)] == wanted
+    together, model.calls = steps_of(model), None
+    assert torch.equal(together, steps_of(model))
+
+
+def test_a_cache_that_grows_or_goes_is_where_the_call_looks():
+    model = packed_model()
+    before = steps_of(model)
+    make_room(model, 5, 600)
+    assert torch.equal(steps_of(model), before)
+    model.drop_caches()
+    assert not model.layers[0].form[0, -PLACE:].any()
+    tokens = torch.arange(3)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens), as_blocks(model)(tokens))
+
+
+def test_who_still_has_an_old_form_is_told():
+    model = packed_model()
+    make_room(model, 1, 40)
+    forms, x = model.calls[0][0].forms, torch.zeros(1, 1, 128, dtype=torch.bfloat16)
+    model.float()
+    with pytest.raises(RuntimeError, match="pack it again"):
+        torch.ops.cpu_step.blocks(x, forms, torch.zeros(1, 1, dtype=torch.long), None, None, torch.ones(1, 1, 1, 40, dtype=torch.bool))
+
+
 def test_a_position_outside_the_cache_is_told():
     model = packed_model()
     make_room(model, 1, 40)
@@ -139,6 +183,7 @@ def test_a_copy_has_its_own_weights():
     model = packed_model()
     before, twin = steps_of(model), copy.deepcopy(model)
     assert all(type(block) is TransformerBlock for block in (*twin.layers, copy.copy(model.layers[0])))
+    assert twin.calls is None
     twin.layers[0].attention.wo.packed.zero_()
     assert torch.equal(steps_of(model), before)
     assert not torch.equal(steps_of(pack_model(twin)), before)
@@ -154,5 +199,5 @@ def test_compiled_steps_call_it_and_copy_no_cache():
     with torch._inductor.utils.fresh_cache():
         compiled, code = run_and_get_code(steps_of, model, step)
     torch.testing.assert_close(compiled, steps_of(as_blocks(model)), rtol=0.03, atol=0.03 * compiled.abs().max().item())
-    assert sum(len(re.findall(r'"cpu_step::block"', text)) for text in code) == 2
+    assert sum(len(re.findall(r'"cpu_step::blocks"', text)) for text in code) == 1
     assert not any(re.search(r"(?<!to)_copy_|\bcopy_", text) for text in code)         # a conversion is to_copy

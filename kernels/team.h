@@ -1,0 +1,87 @@
+// Threads that share out work of microseconds, as a block of a model is made of.
+//
+// What it is: `share`, by which threads take parts of what is left until nothing is, and `Team`, which keeps them awake and
+// looking for the next such work while one of them does what lies between. Opening a parallel region for each costs 2 to 4
+// microseconds, a small model's product as much; a word between two awake threads a tenth of that. A team's thread that comes
+// late, because another program holds it up, is not waited for. What it is not: threads of our own. They are PyTorch's, as
+// many as torch.set_num_threads says, and outside a team each work is a parallel region.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+class Team {
+  // Odd while there is work. Who sees that says so in `inside` and looks again: either it finds that the work has ended, or who
+  // ended it finds somebody inside.
+  alignas(64) std::atomic<int64_t> turn{0};
+  alignas(64) std::atomic<int64_t> inside{0};
+  alignas(64) std::atomic<bool> over{false};
+  void (*call)(const void*, int64_t) = nullptr;
+  const void* work = nullptr;
+
+  // Between two looks. Who has looked in vain for some 20 microseconds lets others run: one of them may be who it waits for.
+  static void breathe(int64_t looks) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+    if (looks % 1024 == 0) std::this_thread::yield();
+  }
+
+  void stand_by(int64_t me) {
+    for (int64_t seen = 0, looks = 1; !over.load(std::memory_order_relaxed); breathe(looks++)) {
+      const int64_t now = turn;
+      if (now % 2 == 0 || now == seen) continue;
+      inside++;
+      if (turn == now) call(work, me);
+      inside--;
+      seen = now, looks = 1;
+    }
+  }
+
+ public:
+  // f(team) on this thread, with all others standing by for what it shares out; f(null) where there are no others.
+  template <class F> static void gather(const F& f) {
+    if (at::get_num_threads() == 1 || at::in_parallel_region()) return f(nullptr);
+    Team team;
+    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t me, int64_t) {
+      if (me) return team.stand_by(me);
+      struct End { std::atomic<bool>& over; ~End() { over = true; } } end{team.over};
+      f(&team);
+    });
+  }
+
+  // f(thread) on all threads that are free, 0 being this one.
+  template <class F> void run(const F& f) {
+    call = [](const void* g, int64_t me) { (*(const F*)g)(me); }, work = &f;
+    turn++;
+    f(0);
+    turn++;
+    for (int64_t looks = 1; inside; looks++) breathe(looks);
+  }
+};
+
+// f(begin, end) on all of 0 ... n - 1, by as many threads as there are grains. Each takes what is its own, which then is in its
+// cache the next time too, in smaller and smaller parts, and at last of what others have left: all end together, also where
+// another program holds up one of them.
+template <class F> void share(Team* team, int64_t n, int64_t grain, const F& f) {
+  struct alignas(64) Part { std::atomic<int64_t> next; int64_t end; };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  if (threads < 2) return f(0, n);
+  std::vector<Part> parts(threads);
+  for (int64_t t = 0; t < threads; t++) parts[t].next = t * n / threads, parts[t].end = (t + 1) * n / threads;
+  const auto take = [&](int64_t me) {
+    for (int64_t t = me; t < me + threads && me < threads; t++) {
+      Part& part = parts[t % threads];
+      for (int64_t at = part.next, end; at < part.end;) {
+        end = std::min(part.end, at + std::max(grain, (part.end - at) / 2));
+        if (part.next.compare_exchange_weak(at, end)) f(at, end), at = part.next;
+      }
+    }
+  };
+  if (team) team->run(take);
+  else at::parallel_for(0, threads, 1, [&](int64_t me, int64_t) { take(me); });
+}
