@@ -33,7 +33,7 @@ inline floats soft_cap(floats x, float cap) {
 
 // One key/value head and the queries that share it. Query r stands at time r % T.
 template <class X> struct Head {
-  const X *k, *v;                   // of slot 0; the next slot is a stride on
+  const X *k, *v, *next_k;          // of slot 0; the next slot is a stride on. next_k: the next head's
   int64_t k_stride, v_stride, E, T;
   const bool* mask;                 // [T] rows, a stride apart
   int64_t mask_stride;
@@ -49,6 +49,11 @@ inline __m512i load32(const at::BFloat16* p, bool half) {
 #else
 template <class X> using Query = float;
 #endif
+
+// Ask for n numbers that are wanted soon: a head is too short for the processor to see by itself where reading goes on.
+template <class X> inline void fetch(const X* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(X)) __builtin_prefetch(p + i);
+}
 
 // dots [j] += lane by lane products of a query and key j, LANES keys.
 template <class X> void multiply(const Query<X>* q, const X* const* keys, int64_t E, floats* dots) {
@@ -68,10 +73,12 @@ template <class X> void multiply(const Query<X>* q, const X* const* keys, int64_
   }
 }
 
-// scores [s] of slots first ... last for one query, scaled and masked; a whole vector at a time.
+// scores [s] of slots first ... last for query r of R, scaled and masked; a whole vector at a time.
 template <class X>
-void score(const Head<X>& h, const Query<X>* q, const bool* visible, int64_t first, int64_t last, float* scores) {
+void score(const Head<X>& h, const Query<X>* q, int64_t r, int64_t R, int64_t first, int64_t last, float* scores) {
+  const bool* visible = h.mask + r % h.T * h.mask_stride;
   for (int64_t s = first; s < last; s += LANES) {
+    for (int64_t j = s + r; j < std::min(s + LANES, last); j += R) fetch(h.v + j * h.v_stride, h.E);
     const X* keys[LANES];
     for (int j = 0; j < LANES; j++) keys[j] = h.k + std::min(s + j, last - 1) * h.k_stride;
     floats dots[LANES] = {};
@@ -109,11 +116,13 @@ void weigh(const Head<X>& h, const float* p, int64_t room, int64_t first, int64_
   floats total[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) total[r][i] = read<floats>(y + r * h.E + e + 16 * i);
-  for (int64_t s = first; s < last; s++)
+  for (int64_t s = first; s < last; s++) {
+    fetch(h.next_k + s * h.k_stride + e, 16 * N);
     for (int i = 0; i < N; i++) {
       const floats v = load16(h.v + s * h.v_stride + e + 16 * i);
       for (int r = 0; r < R; r++) total[r][i] += v * p[r * room + s];
     }
+  }
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) write(y + r * h.E + e + 16 * i, total[r][i]);
 }
@@ -131,7 +140,7 @@ void attend_head(const Head<X>& h, const Query<X>* q, int64_t R, int64_t first, 
                  int64_t room, float* y) {
   for (int64_t at = first; at < last; at += BLOCK)
     for (int64_t r = 0; r < R; r++)
-      score(h, q + r * h.E, h.mask + r % h.T * h.mask_stride, at, std::min(at + BLOCK, last), scores + r * room);
+      score(h, q + r * h.E, r, R, at, std::min(at + BLOCK, last), scores + r * room);
   for (int64_t r = 0; r < R; r++) {
     float* p = scores + r * room;
     const float share = soften(p + first, (last - first + 15) / LANES * LANES);
@@ -170,7 +179,8 @@ template <class X> void attend_all(const Attention& a, Team* team) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / a.K, kv = i % a.K;
       const auto head_of = [&](int64_t r) { return kv * (H / a.K) + r / T; };
-      const Head<X> h{k + b * a.k_strides[0] + kv * a.k_strides[1], v + b * a.v_strides[0] + kv * a.v_strides[1],
+      const auto keys = [&](int64_t i) { return k + i / a.K * a.k_strides[0] + i % a.K * a.k_strides[1]; };
+      const Head<X> h{keys(i), v + b * a.v_strides[0] + kv * a.v_strides[1], keys(std::min(i + 1, end - 1)),
                       a.k_strides[2], a.v_strides[2], E, T, a.mask + b * a.mask_strides[0], a.mask_strides[1],
                       float(a.scale), float(a.cap)};
       const auto [first, last] = seen(h.mask, h.mask_stride, T, a.S);
