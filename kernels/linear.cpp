@@ -56,8 +56,8 @@ constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at
 
 // Bytes that are asked for before they are needed. The first cache has few requests open at a time, and what floods it holds up
 // what is multiplied now, by a fifth of a step of bfloat16: so ask the second. One row of 4 bits, which has time enough between
-// two lines, is a tenth faster from the first.
-template <class W, int R> constexpr int LEVEL = R == 1 && W::HALF == 64 ? 3 : 2;      // 3: the first
+// two lines, is a tenth faster from the first, and asks so that what is read once pushes less out of the others.
+template <class W, int R> constexpr int LEVEL = R == 1 && W::HALF == 64 ? 0 : 2;      // 0: the first, for one use
 template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? 2048 : 4096;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -200,7 +200,7 @@ struct Groups {
     return load16(scale16 + at);
   }
   template <int LEVEL> inline void fetch(int64_t i) const {       // these are streams beside the weights': ask for them too
-    i += LEVEL == 3 ? 16 : 4;
+    i += LEVEL == 2 ? 4 : 16;
     if (scale16) __builtin_prefetch(scale16 + i * PANEL, 0, LEVEL);
     if (offset) __builtin_prefetch(offset + i * (nibbles ? PANEL / 2 : PANEL), 0, LEVEL);
   }
