@@ -33,11 +33,12 @@ inline floats soft_cap(floats x, float cap) {
 
 // One key/value head and the queries that share it. Query r stands at time r % T.
 template <class X> struct Head {
-  const X *k, *v, *next_k;          // of slot 0; the next slot is a stride on. next_k: the next head's
+  const X *k, *v, *next_k;          // of slot 0; the next slot is a stride on. next_k: the next head's, or its own
   int64_t k_stride, v_stride, E, T;
   const bool* mask;                 // [T] rows, a stride apart
   int64_t mask_stride;
   float scale, cap;
+  bool near;                        // its keys and values are few enough to stay in the second cache
 };
 
 // Queries as they are multiplied: bfloat16 pairs where there is an instruction for them, else floats.
@@ -78,7 +79,7 @@ template <class X>
 void score(const Head<X>& h, const Query<X>* q, int64_t r, int64_t R, int64_t first, int64_t last, float* scores) {
   const bool* visible = h.mask + r % h.T * h.mask_stride;
   for (int64_t s = first; s < last; s += LANES) {
-    for (int64_t j = s + r; j < std::min(s + LANES, last); j += R) fetch(h.v + j * h.v_stride, h.E);
+    for (int64_t j = s + r; h.near && j < std::min(s + LANES, last); j += R) fetch(h.v + j * h.v_stride, h.E);
     const X* keys[LANES];
     for (int j = 0; j < LANES; j++) keys[j] = h.k + std::min(s + j, last - 1) * h.k_stride;
     floats dots[LANES] = {};
@@ -117,7 +118,7 @@ void weigh(const Head<X>& h, const float* p, int64_t room, int64_t first, int64_
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) total[r][i] = read<floats>(y + r * h.E + e + 16 * i);
   for (int64_t s = first; s < last; s++) {
-    fetch(h.next_k + s * h.k_stride + e, 16 * N);
+    if (h.near) fetch(h.next_k + s * h.k_stride + e, 16 * N);
     for (int i = 0; i < N; i++) {
       const floats v = load16(h.v + s * h.v_stride + e + 16 * i);
       for (int r = 0; r < R; r++) total[r][i] += v * p[r * room + s];
@@ -180,10 +181,10 @@ template <class X> void attend_all(const Attention& a, Team* team) {
       const int64_t b = i / a.K, kv = i % a.K;
       const auto head_of = [&](int64_t r) { return kv * (H / a.K) + r / T; };
       const auto keys = [&](int64_t i) { return k + i / a.K * a.k_strides[0] + i % a.K * a.k_strides[1]; };
-      const Head<X> h{keys(i), v + b * a.v_strides[0] + kv * a.v_strides[1], keys(std::min(i + 1, end - 1)),
+      const auto [first, last] = seen(a.mask + b * a.mask_strides[0], a.mask_strides[1], T, a.S);
+      const Head<X> h{keys(i), v + b * a.v_strides[0] + kv * a.v_strides[1], keys(std::min(i + 1, a.B * a.K - 1)),
                       a.k_strides[2], a.v_strides[2], E, T, a.mask + b * a.mask_strides[0], a.mask_strides[1],
-                      float(a.scale), float(a.cap)};
-      const auto [first, last] = seen(h.mask, h.mask_stride, T, a.S);
+                      float(a.scale), float(a.cap), (last - first) * E * int64_t(sizeof(X)) <= 1 << 18};
       for (int64_t r = 0; r < R; r++)
         std::copy_n(q + b * a.q_strides[0] + head_of(r) * a.q_strides[1] + r % T * a.q_strides[2], E, queries.data() + r * E);
       attend_head(h, queries.data(), R, first, last, scores.data(), room, y.data());

@@ -4,7 +4,7 @@ What it is: `available` builds and loads the operators, `pack` lays weights out,
 `rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_part` puts a model on
 them, block by block. What it is not: a quantizer; int8 and int4 values come from quantize.py. Without a C++ compiler nothing
 breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that; CPU_KERNELS=weight_only leaves
-activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs a block in one call, is what to read next.
+activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs blocks in one call, is what to read next.
 """
 import hashlib
 import mmap
@@ -339,9 +339,19 @@ class PackedCache(KVCache):
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)
         if name in ("k", "v", "place") and self.place is not None:
-            k, v = self.k, self.v
-            here = [0] * 4 if k is None or v is None else [k.data_ptr(), v.data_ptr(), len(v), v.shape[2]]
-            self.place.copy_(torch.tensor(here))
+            self.place.copy_(torch.tensor(self.here()))
+
+    def here(self) -> list[int]:
+        """Addresses, rows and slots; zeros for a cache that step.cpp cannot read."""
+        k, v = self.k, self.v
+        fits = k is not None and v is not None and k.shape == v.shape and \
+            all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in (k, v))
+        return [k.data_ptr(), v.data_ptr(), len(k), k.shape[2]] if fits else [0] * 4
+
+    def _apply(self, fn, recurse=True):     # .to() and its kin, which set no attribute
+        super()._apply(fn, recurse)
+        self.k = self.k
+        return self
 
     def forward(self, where: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         if self.k is None or not by_call(k) or k.dtype != self.k.dtype:

@@ -4,8 +4,9 @@ What it is: `OneCall`, a block whose layers step.cpp runs, which has the other k
 consecutive ones in one call: calls, loops of a microsecond and tensors between the products took an eighth of a compiled step
 and a quarter of an eager one. What it is not: another model. TransformerBlock is what it means and what runs for prompts,
 without a cache, in another dtype than bfloat16, and where something does not fit. Mixtures, and feed-forwards of another
-form, share the first half. The call knows weights and caches by their addresses: layers and norms that are put into a block
-later, and hooks on them, it does not see, until the model is packed again. cpu.py lays the weights out.
+form, share the first half. The call knows weights and caches by their addresses: blocks that are put into the model later,
+layers and norms that are put into a block, and hooks on any of them, it does not see until the model is packed again. cpu.py
+lays the weights out.
 """
 import struct
 from itertools import groupby
@@ -20,9 +21,7 @@ from model import ACTIVATIONS, FEW, Attention, FeedForward, RMSNorm, Transformer
 
 KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                        # by their numbers in step.cpp
 SCALES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}                    # by theirs in c10/core/ScalarType.h
-
-
-PLACE = 4                               # the last numbers of a form: where its cache lies
+PLACE = 4                                                                            # the last numbers of a form: where its cache lies
 
 
 class OneCall(TransformerBlock):
@@ -51,10 +50,12 @@ class OneCall(TransformerBlock):
 
 
 class Blocks:
-    """Consecutive blocks with the same rotation and mask, called as one. forms: theirs."""
+    """Consecutive blocks with the same rotation and mask, called as one. forms: theirs, one behind another."""
 
-    def __init__(self, blocks: list[OneCall], forms: Tensor):
-        self.blocks, self.forms = blocks, forms
+    def __init__(self, blocks: list[OneCall]):
+        self.blocks, self.forms = blocks, torch.cat([block.form for block in blocks])
+        for i, block in enumerate(blocks):
+            block.form = self.forms[i:i + 1]
 
     def __call__(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                  mask: Tensor) -> Tensor:
@@ -72,6 +73,7 @@ class Calls(list):
         return type(None), ()
 
 
+@torch.inference_mode(False)                # forms are written to when caches move
 def pack_part(model: Transformer, part: nn.Module):
     """Blocks that the kernels know run in one call, once everything is where it stays: `part` is the model itself."""
     if part is not model:
@@ -79,26 +81,22 @@ def pack_part(model: Transformer, part: nn.Module):
     fitting = [block for block in model.layers if fits(take_apart(block))]
     for block in fitting:
         block.both_halves = multiplies(block.feed_forward)
-    made = [form_of(block) for block in fitting]
-    forms = torch.stack([form for form, _ in made]) if made else None
-    for i, block in enumerate(fitting):
-        block.form, block.held = forms[i:i + 1], made[i][1]
-        block.attention.cache.place = forms[i, -PLACE:]
-        block.__class__ = OneCall           # the same weights, another way through them
-    model.calls = calls_of(model, fitting, forms)
+        block.form, block.held = form_of(block)
+        block.__class__ = OneCall               # the same weights, another way through them
+    model.calls = calls_of(model) if fitting else None
 
 
-def calls_of(model: Transformer, fitting: list[OneCall], forms: Tensor | None) -> Calls:
+def calls_of(model: Transformer) -> Calls:
     """Transformer.calls: what `forward` calls in place of the layers one by one."""
     def alike(layer: tuple[TransformerBlock, int, int]) -> tuple:
         return type(layer[0]) is OneCall and layer[0].both_halves, *layer[1:]
     calls = Calls()
     for (joined, rope, window), group in groupby(zip(model.layers, model.args.layer_ropes, model.args.layer_windows), alike):
         blocks = [block for block, *_ in group]
-        if joined:
-            at = fitting.index(blocks[0])
-            blocks = [Blocks(blocks, forms[at:at + len(blocks)])]
-        calls += [(block, rope, window) for block in blocks]
+        calls += [(call, rope, window) for call in ([Blocks(blocks)] if joined else blocks)]
+    for block in model.layers:
+        if type(block) is OneCall:
+            block.attention.cache.place = block.form[0, -PLACE:]
     return calls
 
 
@@ -145,7 +143,7 @@ def multiplies(f: nn.Module) -> bool:
 
 
 def form_of(block: TransformerBlock) -> tuple[Tensor, list[Tensor]]:
-    """A block as step.cpp's struct Block, int64; and the tensors it points to."""
+    """A block as step.cpp's struct Block, int64 [1, fields]; and the tensors it points to."""
     a, f = block.attention, block.feed_forward
     layers = [a.wqkv, a.wo] + ([f.w13, f.w2] if block.both_halves else [None, None])
     fields = [n for layer in layers for n in matrix(layer)] + [n for norm in norms_of(block) for n in normed(norm)]
@@ -155,7 +153,7 @@ def form_of(block: TransformerBlock) -> tuple[Tensor, list[Tensor]]:
     held = [n.detach() for n in fields if isinstance(n, Tensor)]
     numbers = [n.data_ptr() if isinstance(n, Tensor) else n or 0 for n in fields]
     kinds = "".join("d" if isinstance(n, float) else "q" for n in fields)
-    return torch.frombuffer(bytearray(struct.pack(kinds, *numbers)), dtype=torch.int64), held
+    return torch.frombuffer(bytearray(struct.pack(kinds, *numbers)), dtype=torch.int64)[None], held
 
 
 def matrix(layer: nn.Module | None) -> list:

@@ -1,5 +1,5 @@
-// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And a whole
-// block of the model in one call, which has linear.cpp multiply and attention.cpp attend.
+// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And consecutive
+// blocks of the model in one call, which has linear.cpp multiply and attention.cpp attend.
 //
 // What it is: what lies between the large kernels, a fifth of an uncompiled step's time and an eighth of a compiled one's
 // when PyTorch's operators or its compiler's loops do it. The roundings are model.py's. What it is not: a model; cpu_block.py
@@ -181,7 +181,7 @@ Tensor argmax(const Tensor& input) {
   return out;
 }
 
-// ---- a whole block ------------------------------------------------------------------------------------------------
+// ---- whole blocks -------------------------------------------------------------------------------------------------
 
 using bfloat16 = at::BFloat16;
 
@@ -325,7 +325,7 @@ Tensor blocks(const Tensor& input, const Tensor& forms, const Tensor& pos, const
   const Block *first = (const Block*)forms.const_data_ptr(), *last = first + forms.size(0);
   STD_TORCH_CHECK(forms.size(1) * sizeof(int64_t) == sizeof(Block), "a form of another version");
   for (const Block* w = first; w < last; w++) {
-    STD_TORCH_CHECK(w->k && w->v && s.S <= w->slots, "the model's layers or caches are elsewhere by now: pack it again");
+    STD_TORCH_CHECK(w->k && w->v && s.S <= w->slots, "the model's layers or caches are elsewhere by now, or too short: pack it again");
     TORCH_CHECK_INDEX(s.B <= w->rows, s.B, " rows in a cache of ", w->rows);
     for (int64_t i = 0; i < s.B * s.T; i++)
       TORCH_CHECK_INDEX(s.pos[i] >= 0 && s.pos[i] < w->slots, "position ", s.pos[i], " in a cache of ", w->slots, " slots");

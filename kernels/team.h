@@ -3,7 +3,7 @@
 // What it is: `share`, by which threads take parts of what is left until nothing is, and `Team`, which keeps them awake and
 // looking for the next such work while one of them does what lies between. Opening a parallel region for each costs 2 to 4
 // microseconds, a small model's product as much; a word between two awake threads a tenth of that. A team's thread that comes
-// late, because another program holds it up, is not waited for. What it is not: threads of our own. They are PyTorch's, as
+// late to a work, because another program holds it up, is not waited for there. What it is not: threads of our own. They are PyTorch's, as
 // many as torch.set_num_threads says, and outside a team each work is a parallel region.
 #pragma once
 #include <ATen/Parallel.h>
@@ -27,6 +27,8 @@ class Team {
   static void breathe(int64_t looks) {
 #ifdef __x86_64__
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");            // what "yield" does there is nothing
 #endif
     if (looks % 1024 == 0) std::this_thread::yield();
   }
@@ -36,8 +38,8 @@ class Team {
       const int64_t now = turn;
       if (now % 2 == 0 || now == seen) continue;
       inside++;
+      struct Leave { std::atomic<int64_t>& inside; ~Leave() { inside--; } } leave{inside};      // also by an exception
       if (turn == now) call(work, me);
-      inside--;
       seen = now, looks = 1;
     }
   }
@@ -58,9 +60,14 @@ class Team {
   template <class F> void run(const F& f) {
     call = [](const void* g, int64_t me) { (*(const F*)g)(me); }, work = &f;
     turn++;
+    struct End {
+      Team& team;
+      ~End() {
+        team.turn++;
+        for (int64_t looks = 1; team.inside; looks++) breathe(looks);
+      }
+    } end{*this};
     f(0);
-    turn++;
-    for (int64_t looks = 1; inside; looks++) breathe(looks);
   }
 };
 

@@ -154,11 +154,22 @@ def test_a_cache_that_grows_or_goes_is_where_the_call_looks():
     before = steps_of(model)
     make_room(model, 5, 600)
     assert torch.equal(steps_of(model), before)
+    model.layers[1].attention.cache.to(torch.float32)
+    with pytest.raises(RuntimeError, match="pack it again"), torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[4]]), slots=40)
+    model.layers[1].attention.cache.to(torch.bfloat16)
+    assert torch.equal(steps_of(model), before)
     model.drop_caches()
     assert not model.layers[0].form[0, -PLACE:].any()
     tokens = torch.arange(3)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens), as_blocks(model)(tokens))
+
+
+def test_packed_in_inference_mode_it_runs_outside():
+    with torch.inference_mode():
+        model = packed_model()
+    assert torch.isfinite(steps_of(model)).all()
 
 
 def test_who_still_has_an_old_form_is_told():
@@ -189,8 +200,10 @@ def test_a_copy_has_its_own_weights():
     assert not torch.equal(steps_of(pack_model(twin)), before)
 
 
-def test_compiled_steps_call_it_and_copy_no_cache():
-    model = packed_model("int8")
+@pytest.mark.parametrize("more, calls", [({}, 1), (dict(layer_windows=[6, 0]), 2),
+                                         (dict(n_experts=4, active_experts=2), 2)])
+def test_compiled_steps_call_it_and_copy_no_cache(more, calls):
+    model = packed_model("int8", **more)
     make_room(model, 2, 40)
     from torch._inductor.utils import run_and_get_code
     steps = compile_steps()
@@ -199,5 +212,5 @@ def test_compiled_steps_call_it_and_copy_no_cache():
     with torch._inductor.utils.fresh_cache():
         compiled, code = run_and_get_code(steps_of, model, step)
     torch.testing.assert_close(compiled, steps_of(as_blocks(model)), rtol=0.03, atol=0.03 * compiled.abs().max().item())
-    assert sum(len(re.findall(r'"cpu_step::blocks"', text)) for text in code) == 1
+    assert sum(len(re.findall(r'"cpu_step::blocks"', text)) for text in code) == calls
     assert not any(re.search(r"(?<!to)_copy_|\bcopy_", text) for text in code)         # a conversion is to_copy
