@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 import ranks
+from experts import pack_part
 from figures import bytes_per_token, peak_memory, probe_bandwidth
 from generate import (BUCKET, BUNDLED, EAGER, PAD, Figures, Row, Steps, compile_steps, decode_n_tokens, generate_rows, load_model,
                       make_room, rows_for, run_prefill)
-from kernels import cpu
+from kernels import cpu, cpu_block
 from model import Transformer
 from quantize import describe
 from sampling import Sampler, Sampling
@@ -189,14 +190,14 @@ def load_speculation(o: argparse.Namespace, model: Transformer, tokenizer: Token
             say(o, f"note: the draft was trained for {draft.limit} tokens, the model may hold {model.limit}; "
                    "beyond, it guesses badly, and the text stays right")
         report["draft"] = o.draft_checkpoint_path
-    steps = compile_speculation() if o.compile else SpeculativeSteps()
+    steps = compile_speculation(model, draft) if o.compile else SpeculativeSteps()
     return Speculation(draft, o.speculate_k or 4, o.lookup_ngram or 3, steps)
 
 
 def warm_up(o: argparse.Namespace, model: Transformer, steps: Steps, rows: list[Row], length: int, tokenizer: Tokenizer,
             speculation) -> float:
     """Compile what such rows of `length` tokens will use, and return the seconds it took."""
-    if steps == EAGER:
+    if steps == EAGER and (not speculation or speculation.steps == SpeculativeSteps()):
         return 0.0
     began, n, filled = time.perf_counter(), len(rows), max(len(row.prompt) for row in rows) + 1
     later = [slots + 1 for slots in (BUCKET << i for i in range(20)) if filled <= slots < length] if steps.blocks else []
@@ -223,7 +224,7 @@ def run_prompts(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if new is None:                     # a default bends to what fits, a wish does not
         longest = max(len(p if isinstance(p, list) else tokenizer.encode(p)) for p in prompts)
         new = max(min(256, model.limit - longest), 1)
-    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    steps = compile_steps(o.compile, o.compile_prefill, model)
     rows = rows_for(model, tokenizer, prompts, new, o.stop, o.ignore_eos, o.chat)
     length = max(len(row.prompt) for row in rows) + new
     report["compile_s"] = warm_up(o, model, steps, rows, length, tokenizer, speculation)
@@ -352,7 +353,7 @@ def converse(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sp
     """Read, answer, repeat. In a chat the whole conversation is rendered each turn, and only the part that
     differs from what the cache holds is run. Ctrl-C stops the answer, and what was printed of it stays in
     the conversation."""
-    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    steps = compile_steps(o.compile, o.compile_prefill, model)
     # room for a long talk at once: each time the cache grows, a compiled step is compiled anew
     rows = rows_for(model, tokenizer, [[0]], 1, o.stop, o.ignore_eos, o.chat)
     report["compile_s"] = warm_up(o, model, steps, rows, min(model.limit, 4096) - PAD, tokenizer, speculation)
@@ -420,11 +421,13 @@ def load_compiler():
 
 def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
-    if o.compile or o.compile_prefill:
-        threading.Thread(target=load_compiler, daemon=True).start()
+    def pack(model: Transformer, part: torch.nn.Module):
+        pack_part(model, part)
+        if part is model.layers[0] and (o.compile_prefill or o.compile and not cpu_block.known(part)):
+            threading.Thread(target=load_compiler, daemon=True).start()
     if not conversing(o):               # whoever stays for a talk gains more from the faster step
         cpu.HURRY["pages are slow"] = False
-    return load_model(o.checkpoint_path, o.device, o.dtype, trust_architecture=o.trust_architecture)
+    return load_model(o.checkpoint_path, o.device, o.dtype, pack, trust_architecture=o.trust_architecture)
 
 
 def run(o: argparse.Namespace, load: Callable = load):

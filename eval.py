@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import ranks
-from generate import (BUNDLED, EAGER, PAD, attended, compile_steps, generate_rows, load_model, make_room, rows_for,
+from generate import (BUNDLED, PAD, attended, compile_steps, generate_rows, load_model, make_room, rows_for,
                       symbolic)
 from gptq import document
 from model import Transformer
@@ -124,7 +124,7 @@ def adapter(model: Transformer, tokenizer: Tokenizer, o: argparse.Namespace):
         raise ValueError("--tasks needs lm-eval: pip install 'lm_eval>=0.4.13' (--perplexity FILE needs "
                          "nothing)") from None
     step = scoring_step(o.compile)
-    steps = compile_steps(True, False) if o.compile else EAGER
+    steps = compile_steps(o.compile, model=model)
     limit = min(o.max_seq_length or 2048, model.limit)
 
     class Ours(TemplateLM):

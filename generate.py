@@ -72,18 +72,19 @@ class Steps(NamedTuple):
 EAGER = Steps()
 
 
-def compile_steps(compile_decode: bool = True, compile_prefill: bool = False) -> Steps:
-    """The one place that decides what is compiled.
+def compile_steps(compile_decode: bool = True, compile_prefill: bool = False, model: Transformer | None = None) -> Steps:
+    """The one place that decides what is compiled. model: what it is for, if there is but one.
 
-    decode: always, it is overhead that makes it slow. One graph serves all attended lengths and sampling
-    settings: the length is a tensor's dimension, which torch.compile takes as a symbol (an int would be a
-    constant), and sampling stays outside. Another batch size or a larger cache is another graph. On CUDA
-    several steps are replayed as one CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is
-    bound by arithmetic, and compiling takes longer than most prompts. Its lengths are rounded up to PAD and
-    symbolic too.
+    decode: it is overhead that makes it slow. On a CPU most models' steps are one call already, model.step, and
+    there is nothing to compile. One graph serves all attended lengths and sampling settings: the length is a
+    tensor's dimension, which torch.compile takes as a symbol (an int would be a constant), and sampling stays
+    outside. Another batch size or a larger cache is another graph. On CUDA several steps are replayed as one
+    CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is bound by arithmetic, and compiling
+    takes longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
-    # every batch and cache size is a graph of its own, and past the limit a step would fail
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    compile_decode = compile_decode and getattr(model, "step", None) is None
+    if compile_decode or compile_prefill:       # every batch and cache size is a graph of its own; past the limit a step would fail
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     blocks = compile_decode and torch.cuda.is_available() and ranks.size() == 1 and os.environ.get("GPU_BLOCKS") != "0"
     return Steps(torch.compile(prefill, fullgraph=True) if compile_prefill else prefill,
                  compile_step(decode) if compile_decode else decode, PAD if compile_prefill else 1,
@@ -112,8 +113,8 @@ def compile_step(step: Callable, graphs: bool = True) -> Callable:
 def conditions(guards: list) -> list[bool]:
     """Of what was so when a graph was compiled: what to look at before every call. Not a model's modules, whose 4,000 facts
     take 0.6 ms: it keeps its number, and its modules; nor globals. But ropes change, and caches grow, all with the first one's."""
-    return [g.guard_type == "TENSOR_MATCH" if "cache" in g.name and ("'0'" in g.name or "calls[0]" in g.name) else
-            "ropes'" in g.name or not (".calls" in g.name or "_modules" in g.name or g.name.startswith("G[")) for g in guards]
+    return [g.guard_type == "TENSOR_MATCH" if "cache" in g.name and "'0'" in g.name else
+            "ropes'" in g.name or not (".step." in g.name or "_modules" in g.name or g.name.startswith("G[")) for g in guards]
 
 
 def unpacked(model: Transformer) -> bool:

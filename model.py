@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=args.output_bias)
         self.ropes = nn.ModuleList(RotaryEmbedding(rope, args.max_position) for rope in args.ropes)
         self.max_batch_size = self.max_seq_length = self.cache_slots = 0
-        self.calls = None                       # a device may have one for several layers: see kernels/
+        self.step = None                        # a device may have one call for few tokens: see kernels/
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, slots: int = 0) -> bool:
         """Make room for `max_batch_size` rows of `max_seq_length` tokens; True if that took a new allocation.
@@ -164,9 +164,9 @@ class Transformer(nn.Module):
         [B, n, V].
         """
         B, T = tokens.shape
-        if input_pos is None:
-            input_pos = torch.arange(T, device=tokens.device)
-        input_pos = input_pos.expand(B, T)
+        input_pos = (torch.arange(T, device=tokens.device) if input_pos is None else input_pos).expand(B, T)
+        if self.step is not None and self.step.takes(tokens):
+            return self.step(tokens, input_pos, slots or self.cache_slots, logits_at)
         if self.cache_slots:
             key_pos = torch.arange(slots or self.cache_slots, device=tokens.device)  # slot s holds position s
             key_pos = key_pos.expand(B, -1)
@@ -174,8 +174,7 @@ class Transformer(nn.Module):
             key_pos = input_pos
             for rope in self.ropes:
                 rope.set_length(T)
-        windows = set(self.args.layer_windows)
-        masks = {window: attention_mask(input_pos, key_pos, window) for window in windows}
+        masks = {window: attention_mask(input_pos, key_pos, window) for window in set(self.args.layer_windows)}
         rotations = [rope(input_pos) for rope in self.ropes] + [None]                # index -1: no rotation
         row, head = (torch.arange(n, device=tokens.device) for n in (B, self.layers[0].attention.n_kv_heads))
         where = (row[:, None, None], head[:, None], input_pos[:, None])              # of keys, broadcast to [B, K, T]
@@ -183,7 +182,7 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)                                              # [B, T, D]
         if self.args.embedding_scale != 1.0:        # rounded to x's dtype first, as Gemma was trained
             x = x * torch.full((), self.args.embedding_scale, dtype=x.dtype, device=x.device)
-        for layer, rope, window in self.calls or zip(self.layers, self.args.layer_ropes, self.args.layer_windows):
+        for layer, rope, window in zip(self.layers, self.args.layer_ropes, self.args.layer_windows):
             x = layer(x, where, rotations[rope], masks[window])
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))       # [B, n, D]
@@ -470,10 +469,6 @@ def rope_frequencies(rope: RopeArgs, max_position: int, length: int) -> tuple[Te
     return ROPE_KINDS[rope.kind](plain, rope, max_position, length)
 
 
-def default_rope(plain, rope, max_position, length):
-    return plain, 1.0
-
-
 def linear_rope(plain, rope, max_position, length):
     return plain / rope.scaling["factor"], 1.0
 
@@ -531,5 +526,5 @@ def longrope(plain, rope, max_position, length):
     return 1.0 / (per_pair * rope.theta ** pair), amplitude  # plain / per_pair is an ulp off: 2e-3 at 100,000
 
 
-ROPE_KINDS = {"default": default_rope, "linear": linear_rope, "dynamic": dynamic_rope, "llama3": llama3_rope,
+ROPE_KINDS = {"default": lambda plain, *_: (plain, 1.0), "linear": linear_rope, "dynamic": dynamic_rope, "llama3": llama3_rope,
               "yarn": yarn_rope, "longrope": longrope}

@@ -57,10 +57,11 @@ class SpeculativeSteps(NamedTuple):
     verify: Callable = verify
 
 
-def compile_speculation() -> SpeculativeSteps:
+def compile_speculation(model: Transformer | None = None, draft_model: Transformer | None = None) -> SpeculativeSteps:
     """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
     two of draft its one or two tokens, and how many guesses are accepted is data."""
-    return SpeculativeSteps(compile_step(draft), compile_step(verify))
+    return SpeculativeSteps(compile_step(draft) if getattr(draft_model, "step", None) is None else draft,
+                            compile_step(verify) if getattr(model, "step", None) is None else verify)
 
 
 # ---- guesses -----------------------------------------------------------------------------------------------

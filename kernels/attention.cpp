@@ -24,13 +24,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
 
-// c tanh(x / c)
-inline floats soft_cap(floats x, float cap) {
-  const floats size = x < 0 ? -x : x, t = exponential(size * (-2 / cap));
-  const floats y = (1.0f - t) / (1.0f + t) * cap;
-  return x < 0 ? -y : y;
-}
-
 // One key/value head and the queries that share it. Query r stands at time r % T.
 template <class X> struct Head {
   const X *k, *v, *next_k;          // of slot 0; the next slot is a stride on. next_k: the next head's, or its own

@@ -1,4 +1,4 @@
-// What step.cpp has linear.cpp and attention.cpp do within a block. They are libraries of their own, so that they build at
+// What step.cpp has linear.cpp and attention.cpp do within a step. They are libraries of their own, so that they build at
 // the same time; it gets the addresses of these functions.
 #pragma once
 #include <c10/util/BFloat16.h>
@@ -19,6 +19,9 @@ struct Matrix {
 
 // y [rows, N] = x [rows, K] @ w.T, without the bias
 using Multiply = void(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team);
+// y [K] = row `row` of w
+using LookUp = void(const Matrix& m, int64_t row, at::BFloat16* y);
+struct Products { Multiply* multiply; LookUp* look_up; };
 
 // softmax(q @ k.T * scale) @ v, of one dtype (step.cpp's: bfloat16), with rows of E in one piece.
 struct Attention {

@@ -71,7 +71,8 @@ def load(kinds: list[tuple]) -> bool:
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:
         torch.library.register_fake("cpu_attention::attend", shape_of_attend)
-        torch.library.register_fake("cpu_step::blocks", lambda x, *rest: x.new_empty(x.shape))
+        torch.library.register_fake("cpu_step::block", lambda x, *rest: x.new_empty(x.shape))
+        torch.library.register_fake("cpu_step::step", shape_of_step)
     torch.ops.cpu_step.connect(torch.ops.cpu_attention.address(), torch.ops.cpu_bfloat16.address(),
                                torch.ops.cpu_kernels.address() if QUANTIZED[0] in kinds else 0)
     return True
@@ -130,6 +131,10 @@ def instruction_set() -> str:
 
 def shape_of_linear(x, w, scales, offsets, N, bits, group):
     return x.new_empty(*x.shape[:-1], N)
+
+
+def shape_of_step(ids, pos, forms, ends, slots, columns, vocabulary):
+    return ids.new_empty(*(ids if columns is None else columns).shape, vocabulary, dtype=torch.float32)
 
 
 def shape_of_attend(q, k, v, mask, scale, cap):

@@ -1,15 +1,13 @@
-"""A Transformer's blocks in one call on a CPU, for steps of few tokens.
+"""A Transformer's step of few tokens in one call on a CPU, from ids to logits; or a block of it.
 
-What it is: `OneCall`, a block whose layers step.cpp runs, which has the other kernels multiply and attend, and `Blocks`,
-consecutive ones in one call: calls, loops of a microsecond and tensors between the products took an eighth of a compiled step
-and a quarter of an eager one. What it is not: another model. TransformerBlock is what it means and what runs for prompts,
-without a cache, in another dtype than bfloat16, and where something does not fit. Mixtures, and feed-forwards of another
-form, share the first half. The call knows weights and caches by their addresses: blocks that are put into the model later,
-layers and norms that are put into a block, and hooks on any of them, it does not see until the model is packed again. cpu.py
-lays the weights out.
+What it is: `WholeStep`, a model that step.cpp runs, which has the other kernels multiply and attend, and `OneCall`, a block that
+it runs: calls, loops of a microsecond and tensors between the products took an eighth of a compiled step and a quarter of an
+eager one. What it is not: another model. Transformer and TransformerBlock are what they mean and what runs for prompts, without
+a cache, in another dtype than bfloat16, and where something does not fit. Mixtures, and feed-forwards of another form, share the
+first half of a block. The call knows weights and caches by their addresses: layers that are put into the model later, or into a
+block, and hooks on any of them, it does not see until the model is packed again. cpu.py lays the weights out.
 """
 import struct
-from itertools import groupby
 
 import torch
 import torch.nn as nn
@@ -17,11 +15,37 @@ from torch import Tensor
 
 import ranks
 from kernels import cpu
-from model import ACTIVATIONS, FEW, Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
+from model import ACTIVATIONS, FEW, Attention, FeedForward, RMSNorm, TokenTable, Transformer, TransformerBlock
 
 KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                        # by their numbers in step.cpp
 SCALES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}                    # by theirs in c10/core/ScalarType.h
 PLACE = 4                                                                            # the last numbers of a form: where its cache lies
+
+
+class WholeStep:
+    """Transformer.step. forms: its blocks', one behind another; ends: what step.cpp reads of the rest, struct Ends there; held:
+    the tensors whose addresses are in it. A copy of the model has layers of its own, and none of this."""
+
+    def __init__(self, model: Transformer):
+        self.blocks, self.vocabulary, self.forms = list(model.layers), model.args.vocab_size, torch.cat([b.form for b in model.layers])
+        for i, block in enumerate(self.blocks):
+            block.form = self.forms[i:i + 1]
+        args, table = model.args, model.tok_embeddings
+        self.ends, self.held = written([
+            *matrix(table), *matrix(table if model.output is None else model.output), *normed(model.norm),
+            float(args.embedding_scale), float(args.output_scale), float(args.output_softcap)])
+
+    def takes(self, tokens: Tensor) -> bool:
+        """Whether all is where it was, and fits."""
+        return tokens.shape[1] <= FEW and tokens.device.type == "cpu" and all(type(block) is OneCall for block in self.blocks) \
+            and self.blocks[0].attention.cache.k is not None
+
+    def __call__(self, tokens: Tensor, input_pos: Tensor, slots: int, logits_at: Tensor | None) -> Tensor:
+        """Transformer.forward with caches: tokens, input_pos [B, T], logits_at [B, n] -> logits [B, T or n, V]."""
+        return torch.ops.cpu_step.step(tokens, input_pos, self.forms, self.ends, slots, logits_at, self.vocabulary)
+
+    def __reduce_ex__(self, protocol):
+        return type(None), ()
 
 
 class OneCall(TransformerBlock):
@@ -35,7 +59,7 @@ class OneCall(TransformerBlock):
                 mask: Tensor) -> Tensor:
         if not self.takes(x):
             return super().forward(x, where, rotation, mask)
-        x = torch.ops.cpu_step.blocks(x, self.form, where[2][:, 0], *(rotation or (None, None)), mask)
+        x = torch.ops.cpu_step.block(x, self.form, where[2][:, 0], *(rotation or (None, None)), mask)
         if self.both_halves:
             return x
         return torch.add(x, self.post_ffn_norm(self.feed_forward(self.ffn_norm(x))), alpha=self.residual_scale)
@@ -49,55 +73,22 @@ class OneCall(TransformerBlock):
         return TransformerBlock.__new__, (TransformerBlock,), state
 
 
-class Blocks:
-    """Consecutive blocks with the same rotation and mask, called as one. forms: theirs, one behind another."""
-
-    def __init__(self, blocks: list[OneCall]):
-        self.blocks, self.forms = blocks, torch.cat([block.form for block in blocks])
-        for i, block in enumerate(blocks):
-            block.form = self.forms[i:i + 1]
-
-    def __call__(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
-                 mask: Tensor) -> Tensor:
-        if all(type(block) is OneCall for block in self.blocks) and self.blocks[0].takes(x):
-            return torch.ops.cpu_step.blocks(x, self.forms, where[2][:, 0], *(rotation or (None, None)), mask)
-        for block in self.blocks:
-            x = block(x, where, rotation, mask)
-        return x
-
-
-class Calls(list):
-    """Transformer.calls. A copy of the model has layers of its own, and none of these."""
-
-    def __reduce_ex__(self, protocol):
-        return type(None), ()
-
-
 @torch.inference_mode(False)                # forms are written to when caches move
 def pack_part(model: Transformer, part: nn.Module):
-    """Blocks that the kernels know run in one call, once everything is where it stays: `part` is the model itself."""
+    """Blocks that the kernels know run in one call, once everything is where it stays: `part` is the model itself. And all of
+    it, if they know all."""
     if part is not model:
         return
-    fitting = [block for block in model.layers if fits(take_apart(block))]
-    for block in fitting:
+    fitting = [i for i, block in enumerate(model.layers) if fits(take_apart(block))]
+    for i in fitting:
+        block = model.layers[i]
         block.both_halves = multiplies(block.feed_forward)
-        block.form, block.held = form_of(block)
+        block.form, block.held = form_of(block, model.ropes, model.args.layer_ropes[i], model.args.layer_windows[i])
         block.__class__ = OneCall               # the same weights, another way through them
-    model.calls = calls_of(model) if fitting else None
-
-
-def calls_of(model: Transformer) -> Calls:
-    """Transformer.calls: what `forward` calls in place of the layers one by one."""
-    def alike(layer: tuple[TransformerBlock, int, int]) -> tuple:
-        return type(layer[0]) is OneCall and layer[0].both_halves, *layer[1:]
-    calls = Calls()
-    for (joined, rope, window), group in groupby(zip(model.layers, model.args.layer_ropes, model.args.layer_windows), alike):
-        blocks = [block for block, *_ in group]
-        calls += [(call, rope, window) for call in ([Blocks(blocks)] if joined else blocks)]
-    for block in model.layers:
-        if type(block) is OneCall:
-            block.attention.cache.place = block.form[0, -PLACE:]
-    return calls
+    whole = len(fitting) == len(model.layers) and all(block.both_halves for block in model.layers) and known_ends(model)
+    model.step = WholeStep(model) if whole else None
+    for i in fitting:
+        model.layers[i].attention.cache.place = model.layers[i].form[0, -PLACE:]
 
 
 def take_apart(block: TransformerBlock) -> TransformerBlock:
@@ -137,29 +128,51 @@ def takes(layer: nn.Module) -> bool:
     return layer.in_features % cpu.UNIT == 0 and layer.packed.device.type == "cpu" and (layer.bias is None or on_cpu(layer.bias))
 
 
+def known(block: TransformerBlock) -> bool:
+    """Whether a whole step may have it."""
+    return fits(block) and multiplies(block.feed_forward)
+
+
 def multiplies(f: nn.Module) -> bool:
     """Whether the second half is among what runs in the call."""
     return type(f) is FeedForward and f.activation in KNOWN and f.width % 16 == 0 and takes(f.w13) and takes(f.w2)
 
 
-def form_of(block: TransformerBlock) -> tuple[Tensor, list[Tensor]]:
+def known_ends(model: Transformer) -> bool:
+    """Whether embedding, last norm and head are what step.cpp knows."""
+    table = model.tok_embeddings
+    return (on_cpu(table.weight) and table.weight.is_contiguous() if type(table) is TokenTable else takes(table)) \
+        and (takes(table) if model.output is None else takes(model.output)) \
+        and type(model.norm) in (RMSNorm, cpu.PackedNorm) and on_cpu(model.norm.weight)
+
+
+def form_of(block: TransformerBlock, ropes: nn.ModuleList, rope: int, window: int) -> tuple[Tensor, list[Tensor]]:
     """A block as step.cpp's struct Block, int64 [1, fields]; and the tensors it points to."""
     a, f = block.attention, block.feed_forward
     layers = [a.wqkv, a.wo] + ([f.w13, f.w2] if block.both_halves else [None, None])
     fields = [n for layer in layers for n in matrix(layer)] + [n for norm in norms_of(block) for n in normed(norm)]
     fields += [a.n_heads, a.n_kv_heads, a.head_dim, int(a.qk_norm == "full"),
                KNOWN.index(f.activation) if block.both_halves else 0, float(a.scale), float(a.softcap), float(block.residual_scale)]
-    fields += [0] * PLACE
+    turned = ropes[rope].frequencies if rope >= 0 else torch.empty(0)
+    fields += [turned, turned.numel(), ropes[rope].amplitude if rope >= 0 else 0.0, window] + [0] * PLACE
+    form, held = written(fields)
+    return form[None], held
+
+
+def written(fields: list) -> tuple[Tensor, list[Tensor]]:
+    """A struct whose fields take 8 bytes, int64 [fields], with tensors as their addresses; and these tensors."""
     held = [n.detach() for n in fields if isinstance(n, Tensor)]
     numbers = [n.data_ptr() if isinstance(n, Tensor) else n or 0 for n in fields]
     kinds = "".join("d" if isinstance(n, float) else "q" for n in fields)
-    return torch.frombuffer(bytearray(struct.pack(kinds, *numbers)), dtype=torch.int64)[None], held
+    return torch.frombuffer(bytearray(struct.pack(kinds, *numbers)), dtype=torch.int64), held
 
 
 def matrix(layer: nn.Module | None) -> list:
     """struct Matrix of calls.h."""
     if layer is None:
         return [0] * 10
+    if isinstance(layer, TokenTable):
+        return [*layer.weight.shape, 0, 0, layer.weight] + [None] * 5
     N, K = layer.out_features, layer.in_features
     if isinstance(layer, cpu.PackedLinear):
         return [N, K, 16, 0, layer.packed, None, 0, None, 0, layer.bias]

@@ -674,10 +674,44 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const Optional& 
   return y;
 }
 
-// The same for step.cpp, which is another library: it calls this by its address.
+// The same for step.cpp, which is another library and calls this by its address.
 void multiply_matrix(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team) {
   multiply_all({{m, x, rows, y}}, at::kBFloat16, team);
 }
+
+template <class W> void look_up_as(const Matrix& m, int64_t row, at::BFloat16* y) {
+  const int64_t panel = row / PANEL, o = row % PANEL, units = (m.K + UNIT - 1) / UNIT, group = m.group ? m.group : m.K;
+  const int64_t groups = (m.K + group - 1) / group;
+  const auto scale_at = [&](int64_t i) {
+    if (m.scale_type == (int64_t)at::kFloat) return ((const float*)m.scales)[i];
+    return m.scale_type == (int64_t)at::kHalf ? float(((const at::Half*)m.scales)[i]) : float(((const at::BFloat16*)m.scales)[i]);
+  };
+  const auto offset_at = [&](int64_t g) {
+    if (!m.nibbles) return int(((const int8_t*)m.offsets)[g * PANEL + o]);
+    return 8 - (((const uint8_t*)m.offsets)[g * PANEL / 2 + o % 16] >> o / 16 * 4 & 15);
+  };
+  for (int64_t u = 0; u < units; u++) {
+    const uint8_t* unit = (const uint8_t*)m.w + ((panel * units + u) * 2 + o / 16) * W::HALF;
+    const int64_t g = panel * groups + u * UNIT / group;
+    const float scale = m.scales ? scale_at(g * PANEL + o) : 1, offset = m.offsets ? offset_at(g) : 0;
+    for (int j = 0; j < 4; j++) {
+      const Pair f = W::pair(unit, j);
+      y[u * UNIT + 2 * j] = (f.even[o % 16] + offset) * scale, y[u * UNIT + 2 * j + 1] = (f.odd[o % 16] + offset) * scale;
+    }
+  }
+}
+
+// Row `row` of a packed weight, a token's embedding -> y [K]. Also for step.cpp.
+void look_up(const Matrix& m, int64_t row, at::BFloat16* y) {
+  if (m.bits == 16) return look_up_as<Bfloat16>(m, row, y);
+  if constexpr (QUANTIZED) {
+    if (m.bits == 8) return look_up_as<Int8>(m, row, y);
+    if (m.bits == 4) return look_up_as<Int4>(m, row, y);
+    look_up_as<Fp4>(m, row, y);
+  }
+}
+
+const Products PRODUCTS{multiply_matrix, look_up};
 
 // ---- a mixture of experts -----------------------------------------------------------------------------------------
 
@@ -756,7 +790,7 @@ TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
   m.def("pack(Tensor values, Tensor(a!) out, int bits) -> ()", &pack);
   m.def("round_activations(bool wanted) -> bool", &round_activations);
-  m.def("address() -> int", +[] { return (int64_t)&multiply_matrix; });
+  m.def("address() -> int", +[] { return (int64_t)&PRODUCTS; });
   m.def("experts(Tensor x, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
 }
 

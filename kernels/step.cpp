@@ -1,9 +1,9 @@
-// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And consecutive
-// blocks of the model in one call, which has linear.cpp multiply and attention.cpp attend.
+// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And a block of
+// the model, or all of it, in one call, which has linear.cpp multiply and attention.cpp attend.
 //
 // What it is: what lies between the large kernels, a fifth of an uncompiled step's time and an eighth of a compiled one's
 // when PyTorch's operators or its compiler's loops do it. The roundings are model.py's. What it is not: a model; cpu_block.py
-// says which blocks go this way, and model.TransformerBlock is what they mean.
+// says which go this way, and Transformer and TransformerBlock of model.py are what they mean.
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/stable/library.h>          // parsed in a quarter of torch/library.h's time
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -36,10 +37,10 @@ template <class F> void by_type(const Tensor& x, F f) {
   if (type(x) == aoti_torch_dtype_bfloat16()) f(at::BFloat16()); else f(float());
 }
 
-// A new tensor of x's type. (torch::stable::empty looks its operator up by name at every call, as contiguous does.)
-Tensor make(const Tensor& x, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
+// A new tensor. (torch::stable::empty looks its operator up by name at every call, as contiguous does.)
+Tensor make(int32_t type, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type(x),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type,
                                                   aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
@@ -84,7 +85,7 @@ template <class X> void norm_row(const X* x, const X* scale, int64_t D, float ep
 
 // x [..., D] and scale [D] of the same dtype -> x's shape.
 Tensor norm(const Tensor& input, const Tensor& scale, double eps, bool cast, double plus) {
-  const Tensor x = whole(input), y = make(x, x.sizes(), x.strides());
+  const Tensor x = whole(input), y = make(type(x), x.sizes(), x.strides());
   const int64_t D = x.size(-1), rows = x.numel() / D;
   by_type(x, [&](auto zero) {
     using X = decltype(zero);
@@ -112,7 +113,7 @@ template <class X> void turn(const X* x, const float* cos, const float* sin, int
 Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines) {
   const Tensor x = input.stride(3) == 1 ? input : whole(input), cos = whole(cosines), sin = whole(sines);
   const int64_t B = x.size(0), H = x.size(1), T = x.size(2), E = x.size(3), n = cos.size(3);
-  const Tensor y = make(x, {B, H, T, E}, {H * T * E, T * E, E, 1});
+  const Tensor y = make(type(x), {B, H, T, E}, {H * T * E, T * E, E, 1});
   by_type(x, [&](auto zero) {
     using X = decltype(zero);
     const X* x0 = x.const_data_ptr<X>();
@@ -162,10 +163,7 @@ Tensor argmax(const Tensor& input) {
   const int64_t V = x.size(-1), B = x.numel() / V;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1), strides(sizes.size(), 1);
   for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * sizes[i + 1];
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), aoti_torch_dtype_int64(),
-                                                  aoti_torch_device_type_cpu(), 0, &made));
-  const Tensor out(made);
+  const Tensor out = make(aoti_torch_dtype_int64(), sizes, strides);
   for (int64_t b = 0; b < B; b++) {
     const float* row = x.const_data_ptr<float>() + b * V;
     floats most = floats{} - std::numeric_limits<float>::infinity();
@@ -181,7 +179,7 @@ Tensor argmax(const Tensor& input) {
   return out;
 }
 
-// ---- whole blocks -------------------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------------------------
 
 using bfloat16 = at::BFloat16;
 
@@ -198,16 +196,22 @@ struct Block {
   int64_t H, K, E, over_heads;        // whether q_norm and k_norm go over all heads together
   int64_t activation;                 // of the feed-forward: 1 silu, 2 gelu_tanh; 0: it is not among this
   double scale, cap, residual_scale;
+  const float* frequencies;           // [pairs]: its rope's; only a whole step looks at these four
+  int64_t pairs;                      // of a head that turn; 0: none
+  double amplitude;
+  int64_t window;                     // the keys that a query sees, 0: all
   bfloat16 *k, *v;                    // the cache [rows, K, slots, E]
   int64_t rows, slots;
 };
 
 Attend* attend = nullptr;             // other libraries' functions
-Multiply *multiply_bfloat16 = nullptr, *multiply_quantized = nullptr;
+const Products *plain = nullptr, *quantized = nullptr;
 
-void connect(int64_t attention, int64_t bfloat16, int64_t quantized) {
-  attend = (Attend*)attention, multiply_bfloat16 = (Multiply*)bfloat16, multiply_quantized = (Multiply*)quantized;
+void connect(int64_t attention, int64_t of_bfloat16, int64_t of_quantized) {
+  attend = (Attend*)attention, plain = (const Products*)of_bfloat16, quantized = (const Products*)of_quantized;
 }
+
+const Products& products(const Matrix& m) { return m.bits == 16 ? *plain : *quantized; }
 
 void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
 
@@ -229,7 +233,7 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
 // x [rows, K] -> y [rows, N]
 void multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& y, Team* team) {
   y.resize(rows * m.N);
-  (m.bits == 16 ? multiply_bfloat16 : multiply_quantized)(m, x, rows, y.data(), team);
+  products(m).multiply(m, x, rows, y.data(), team);
   for (int64_t r = 0; m.bias && r < rows; r++) add_row(m.bias, 1, m.N, y.data() + r * m.N);
 }
 
@@ -254,14 +258,15 @@ void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
   }
 }
 
-// What all blocks of a call have in common.
+// What blocks of one call have in common.
 struct Step {
-  int64_t B, T, D, n, S;              // n: the pairs of a head that turn
+  int64_t B, T, D, S;
   bfloat16* x;                        // [B, T, D], changed in place
   const int64_t* pos;                 // [B, T]: the slots that keys and values go to
-  const float *cos, *sin;             // [B, T, n]
   const bool* mask;                   // [B, T, S], true: visible
   int64_t mask_strides[2];
+  int64_t n;                          // the pairs of a head that turn
+  const float *cos, *sin;             // [B, T, n]
   Team* team;
 };
 
@@ -312,33 +317,134 @@ void feed_forward_half(const Block& w, const Step& s) {
   add(w.post_ffn_norm, h.data(), n, s.D, w.residual_scale, room, s.x, s.team);
 }
 
-// x [B, T, D] bfloat16 through consecutive blocks; forms [blocks, ...]: a Block each, with the caches; pos [B, T]; cos, sin
-// [B, 1, T, n] float32, or none; mask [B, 1, T, S] -> x's shape.
-Tensor blocks(const Tensor& input, const Tensor& forms, const Tensor& pos, const std::optional<Tensor>& cosines,
-              const std::optional<Tensor>& sines, const Tensor& visible) {
-  const Tensor from = whole(input), slots = whole(pos), mask = visible.stride(3) == 1 ? visible : whole(visible);
-  const Tensor x = make(from, from.sizes(), from.strides());
-  const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
-  Step s{x.size(0), x.size(1), x.size(2), cosines ? cos.size(3) : 0, mask.size(3), x.mutable_data_ptr<bfloat16>(),
-         slots.const_data_ptr<int64_t>(), (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(),
-         mask.const_data_ptr<bool>(), {mask.stride(0), mask.stride(2)}};
-  const Block *first = (const Block*)forms.const_data_ptr(), *last = first + forms.size(0);
+void check(const Tensor& forms, const Step& s) {
   STD_TORCH_CHECK(forms.size(1) * sizeof(int64_t) == sizeof(Block), "a form of another version");
-  for (const Block* w = first; w < last; w++) {
+  for (const Block *w = (const Block*)forms.const_data_ptr(), *end = w + forms.size(0); w < end; w++) {
     STD_TORCH_CHECK(w->k && w->v && s.S <= w->slots, "the model's layers or caches are elsewhere by now, or too short: pack it again");
     TORCH_CHECK_INDEX(s.B <= w->rows, s.B, " rows in a cache of ", w->rows);
     for (int64_t i = 0; i < s.B * s.T; i++)
       TORCH_CHECK_INDEX(s.pos[i] >= 0 && s.pos[i] < w->slots, "position ", s.pos[i], " in a cache of ", w->slots, " slots");
   }
+}
+
+// x [B, T, D] bfloat16 through a block; form [1, ...]: a Block, with its cache; pos [B, T]; cos, sin [B, 1, T, n] float32, or
+// none; mask [B, 1, T, S] -> x's shape.
+Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const std::optional<Tensor>& cosines,
+             const std::optional<Tensor>& sines, const Tensor& visible) {
+  const Tensor from = whole(input), slots = whole(pos), mask = visible.stride(3) == 1 ? visible : whole(visible);
+  const Tensor x = make(type(from), from.sizes(), from.strides());
+  const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
+  Step s{x.size(0), x.size(1), x.size(2), mask.size(3), x.mutable_data_ptr<bfloat16>(), slots.const_data_ptr<int64_t>(),
+         mask.const_data_ptr<bool>(), {mask.stride(0), mask.stride(2)}, cosines ? cos.size(3) : 0,
+         (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr()};
+  check(form, s);
   std::copy_n(from.const_data_ptr<bfloat16>(), s.B * s.T * s.D, s.x);
   Team::gather([&](Team* team) {
     s.team = team;
-    for (const Block* w = first; w < last; w++) {
-      attention_half(*w, s);
-      if (w->activation) feed_forward_half(*w, s);
-    }
+    const Block& w = *(const Block*)form.const_data_ptr();
+    attention_half(w, s);
+    if (w.activation) feed_forward_half(w, s);
   });
   return x;
+}
+
+// ---- a whole step -------------------------------------------------------------------------------------------------
+
+// model.Transformer but for its blocks, as cpu_block.py writes it down.
+struct Ends {
+  Matrix table, head;                 // the table: packed, or with bits 0 rows of bfloat16
+  Norm norm;
+  double embedding_scale, output_scale, cap;
+};
+
+// ids [n] -> x [n, D]
+void embed(const Ends& e, const int64_t* ids, int64_t n, bfloat16* x, Team* team) {
+  const int64_t D = e.table.K;
+  const float scale = bfloat16(e.embedding_scale);
+  by_row(team, n, 8 * D, [&](int64_t i) {
+    bfloat16* row = x + i * D;
+    if (e.table.bits) products(e.table).look_up(e.table, ids[i], row);
+    else std::copy_n((const bfloat16*)e.table.w + ids[i] * D, D, row);
+    for (int64_t d = 0; scale != 1 && d < D; d++) row[d] = float(row[d]) * scale;
+  });
+}
+
+// x [n, D] -> logits [n, V], rounded to bfloat16 on their way, as a layer's outputs are.
+void unembed(const Ends& e, const bfloat16* x, int64_t n, float* logits, Team* team) {
+  thread_local std::vector<bfloat16> room, y;
+  multiply(e.head, normed(e.norm, x, n, e.table.K, room, team), n, y, team);
+  const bfloat16* const from = y.data();              // other threads have vectors of their own under these names
+  const float scale = e.output_scale, cap = e.cap;
+  share(team, (n * e.head.N + LANES - 1) / LANES, 65536 / LANES, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * LANES, n * e.head.N);
+    const auto finish = [&](floats v) { return cap ? soft_cap(v * scale, cap) : v * scale; };
+    int64_t i = begin * LANES;
+    for (; i + LANES <= last; i += LANES) write(logits + i, finish(load16(from + i)));
+    for (; i < last; i++) logits[i] = finish(floats{} + float(from[i]))[0];
+  });
+}
+
+// What layers have in common by their rope and their window.
+struct Shared {
+  std::map<const float*, std::vector<float>> turns;                // cos, then sin, [B, T, n] each
+  std::map<int64_t, std::vector<uint8_t>> masks;
+
+  void point(const Block& w, Step& s) {
+    const int64_t n = s.B * s.T * w.pairs;
+    std::vector<float>& t = turns[w.frequencies];
+    if (t.empty()) {
+      t.resize(2 * n);
+      for (int64_t i = 0; i < n; i++) {
+        const float angle = float(s.pos[i / w.pairs]) * w.frequencies[i % w.pairs], amplitude = w.amplitude;
+        t[i] = std::cos(angle) * amplitude, t[n + i] = std::sin(angle) * amplitude;
+      }
+    }
+    std::vector<uint8_t>& mask = masks[w.window];
+    if (mask.empty()) {
+      mask.resize(s.B * s.T * s.S);
+      for (int64_t i = 0; i < s.B * s.T; i++) {
+        const int64_t first = w.window ? std::max<int64_t>(0, s.pos[i] - w.window + 1) : 0;
+        const int64_t last = std::min(s.S, s.pos[i] + 1);
+        if (first < last) std::fill_n(mask.begin() + i * s.S + first, last - first, 1);
+      }
+    }
+    s.n = w.pairs, s.cos = t.data(), s.sin = t.data() + n, s.mask = (const bool*)mask.data();
+  }
+};
+
+// ids and pos [B, T], forms [layers, ...] and ends: Blocks and Ends; slots: those that are attended to -> logits [B, T, V]. With
+// columns [B, n]: of these tokens of each row, [B, n, V].
+Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, const Tensor& ends, int64_t slots,
+            const std::optional<Tensor>& columns, int64_t V) {
+  const Tensor tokens = whole(ids), pos = whole(positions), wanted = columns ? whole(*columns) : tokens;
+  const Ends& e = *(const Ends*)ends.const_data_ptr();
+  STD_TORCH_CHECK(ends.numel() * sizeof(int64_t) == sizeof(Ends) && V == e.head.N, "a form of another version");
+  const int64_t B = tokens.size(0), T = tokens.size(1), D = e.table.K, *id = tokens.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < B * T; i++)
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < e.table.N, "id ", id[i], " in a vocabulary of ", e.table.N);
+  thread_local std::vector<bfloat16> x, chosen;
+  x.resize(B * T * D);
+  Step s{B, T, D, slots, x.data(), pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}};
+  check(forms, s);
+  const int64_t n = wanted.size(1), *column = wanted.const_data_ptr<int64_t>();
+  for (int64_t i = 0; columns && i < B * n; i++) TORCH_CHECK_INDEX(column[i] >= 0 && column[i] < T, "token ", column[i], " of ", T);
+  const Tensor logits = make(aoti_torch_dtype_float32(), {B, n, V}, {n * V, V, 1});
+  float* const to = logits.mutable_data_ptr<float>();
+  chosen.resize(columns ? B * n * D : 0);
+  Shared shared;
+  Team::gather([&](Team* team) {
+    s.team = team;
+    embed(e, id, B * T, s.x, team);
+    for (const Block *w = (const Block*)forms.const_data_ptr(), *end = w + forms.size(0); w < end; w++) {
+      shared.point(*w, s);
+      attention_half(*w, s);
+      feed_forward_half(*w, s);
+    }
+    for (int64_t i = 0; columns && i < B * n; i++)
+      std::copy_n(s.x + (i / n * T + column[i]) * D, D, chosen.data() + i * D);
+    unembed(e, columns ? chosen.data() : s.x, B * n, to, team);
+  });
+  return logits;
 }
 
 }  // namespace
@@ -353,7 +459,8 @@ STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("keep(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor pos) -> ()");
   m.def("argmax(Tensor x) -> Tensor");
   m.def("connect(int attention, int bfloat16, int quantized) -> ()");
-  m.def("blocks(Tensor x, Tensor(a!) forms, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask) -> Tensor");
+  m.def("block(Tensor x, Tensor(a!) form, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask) -> Tensor");
+  m.def("step(Tensor ids, Tensor pos, Tensor(a!) forms, Tensor ends, SymInt slots, Tensor? columns, int vocabulary) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
@@ -361,7 +468,8 @@ STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("keep", TORCH_BOX(&keep));
   m.impl("argmax", TORCH_BOX(&argmax));
-  m.impl("blocks", TORCH_BOX(&blocks));
+  m.impl("block", TORCH_BOX(&block));
+  m.impl("step", TORCH_BOX(&step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("connect", TORCH_BOX(&connect)); }

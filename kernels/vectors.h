@@ -60,6 +60,13 @@ inline floats exponential(floats x) {
   return p * (floats)((n + 127) << 23);
 }
 
+// c tanh(x / c)
+inline floats soft_cap(floats x, float cap) {
+  const floats size = x < 0 ? -x : x, t = exponential(size * (-2 / cap));
+  const floats y = (1.0f - t) / (1.0f + t) * cap;
+  return x < 0 ? -y : y;
+}
+
 // Lanes i and i ^ STEP of two vectors, joined: a's where i has not the bit STEP, else b's.
 template <int STEP, class F, int... I> inline floats merge(floats a, floats b, F join, std::integer_sequence<int, I...>) {
   return join(__builtin_shufflevector(a, b, (I & STEP ? 16 + I : I)...),

@@ -32,7 +32,7 @@ from checkpoint import args_from  # noqa: E402
 from cli import not_negative, positive  # noqa: E402
 from experts import pack_model  # noqa: E402
 from figures import bytes_per_token, peak_memory, probe_bandwidth  # noqa: E402
-from generate import EAGER, compile_steps, decode_n_tokens, make_room, pick_device, run_prefill  # noqa: E402
+from generate import compile_steps, decode_n_tokens, make_room, pick_device, run_prefill  # noqa: E402
 from graphs import BLOCK  # noqa: E402
 from model import Transformer  # noqa: E402
 from quantize import GROUPSIZES, KINDS, describe  # noqa: E402
@@ -123,7 +123,7 @@ def exchange_work(model: Transformer, rows: int):
 def measure(o: argparse.Namespace) -> dict:
     device = pick_device(o.device)
     model = random_model(o.config, device, getattr(torch, o.dtype), o.mode, o.groupsize)
-    steps = compile_steps(o.compile, o.compile_prefill) if o.compile or o.compile_prefill else EAGER
+    steps = compile_steps(o.compile, o.compile_prefill, model)
     whole_blocks(o, steps)
     prompt = torch.randint(model.args.vocab_size, (o.prompt_tokens,)).tolist()
     rows = [prompt] * o.batch_size

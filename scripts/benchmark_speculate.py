@@ -133,8 +133,9 @@ def shape(path: str, device: torch.device, dtype: str, mode: str):
 def measure(o: argparse.Namespace) -> dict:
     device = pick_device(o.device)
     model = shape(o.config, device, o.dtype, o.mode)
-    steps = compile_steps() if o.compile else EAGER
-    speculative = compile_speculation() if o.compile else SpeculativeSteps()
+    steps = compile_steps(o.compile, model=model)
+    draft = shape(o.draft_config, device, o.dtype, o.draft_mode) if o.draft_config else None
+    speculative = compile_speculation(model, draft) if o.compile else SpeculativeSteps()
     make_room(model, 1, o.filled + 200)
     times = time_verify(o, model, steps, speculative)
     step = times.pop(0)
@@ -145,7 +146,6 @@ def measure(o: argparse.Namespace) -> dict:
     for name, settings in (("greedy", Sampling(temperature=0)), ("sampled", Sampling())):
         found[f"machinery_{name}_ms"] = time_machinery(o, model, settings, o.k) * 1e3
     if o.draft_config:
-        draft = shape(o.draft_config, device, o.dtype, o.draft_mode)
         found |= {"draft_config": o.draft_config, "draft_mode": o.draft_mode or o.dtype}
         found |= time_texts(o, model, draft, steps, speculative)
     return found

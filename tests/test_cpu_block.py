@@ -1,4 +1,4 @@
-"""A block in one call against model.TransformerBlock, which it stands for: the same packed layers, one operator after
+"""A step, and a block, in one call against what they stand for in model.py: the same packed layers, one operator after
 another."""
 import copy
 import re
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from experts import pack_model
-from generate import compile_steps, load_model, make_room
+from generate import EAGER, compile_steps, load_model, make_room
 from kernels import cpu
-from kernels.cpu_block import PLACE, Blocks, OneCall
-from model import FEW, ModelArgs, RopeArgs, Transformer, TransformerBlock
-from quantize import KINDS
+from kernels.cpu_block import PLACE, OneCall, WholeStep
+from model import FEW, ModelArgs, RopeArgs, TokenTable, Transformer, TransformerBlock
+from quantize import KINDS, QuantizedLinear
 
 FAMILIES = {  # what a block may have beside Llama's
     "llama": {},
@@ -25,8 +25,19 @@ FAMILIES = {  # what a block may have beside Llama's
     "a layer without rotation": dict(layer_ropes=[0, -1]),
     "half of a head turned": dict(ropes=[RopeArgs(dim=16)]),
     "exact gelu": dict(activation="gelu"),                                           # its second half stays outside
+    "scales": dict(embedding_scale=11.3, output_scale=0.125, output_softcap=5.0),
+    "a slow rope and a fast one": dict(ropes=[RopeArgs(1e6, "yarn", scaling={"factor": 4.0}), RopeArgs()], layer_ropes=[0, 1]),
+    "tied": dict(tied=True),
     "mixture": dict(n_experts=4, active_experts=2, dense_layers=[1]),
 }
+
+
+def rounded(weight: torch.Tensor, mode: str) -> QuantizedLinear:
+    if mode != "mxfp4":
+        return KINDS[mode].quantize(weight, 32 if mode == "int4" else 0)
+    layer = KINDS[mode](weight.shape[1], weight.shape[0], 32)                        # these are read, never made
+    layer.weight.random_(256), layer.scales.uniform_(0.02, 0.1)
+    return layer
 
 
 def packed_model(mode: str = "", **more) -> Transformer:
@@ -38,9 +49,9 @@ def packed_model(mode: str = "", **more) -> Transformer:
         p.requires_grad_(False).add_(torch.randn_like(p) * 0.1)
     for parent in [m for m in model.modules() if mode]:
         for name, layer in list(parent.named_children()):
-            if type(layer) is torch.nn.Linear:
-                setattr(parent, name, KINDS[mode].quantize(layer.weight.data, 32 if mode == "int4" else 0))
-                getattr(parent, name).bias = layer.bias
+            if type(layer) in (torch.nn.Linear, TokenTable) and (layer is not model.tok_embeddings or model.output is None):
+                setattr(parent, name, rounded(layer.weight.data, mode))
+                getattr(parent, name).bias = getattr(layer, "bias", None)
     pack_model(model)
     return model
 
@@ -66,12 +77,14 @@ def as_blocks(model: Transformer) -> Transformer:
 
 @pytest.mark.parametrize("mode", ["", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_block(family, mode):
+def test_it_is_the_model(family, mode):
     model = packed_model(mode, **FAMILIES[family])
     assert all(type(block) is OneCall for block in model.layers)
-    one = steps_of(model)
+    assert (model.step is None) == (family in ("exact gelu", "mixture"))
+    one, model.step = steps_of(model), None
     assert not torch.equal(one[1], one[2])
-    torch.testing.assert_close(one, steps_of(as_blocks(model)), rtol=0.02, atol=0.02 * one.abs().max().item())
+    for twin in (model, as_blocks(model)):
+        torch.testing.assert_close(one, steps_of(twin), rtol=0.02, atol=0.02 * one.abs().max().item())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -139,14 +152,35 @@ def test_threads_make_no_difference(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("more, wanted", [({}, [2]), (dict(layer_windows=[6, 0]), [1, 1]), (dict(layer_ropes=[0, -1]), [1, 1]),
-                                          (dict(activation="gelu"), []), (dict(n_experts=4, active_experts=2, dense_layers=[1]), [1])])
-def test_consecutive_blocks_are_one_call(more, wanted):
-    """Those with one rotation and one mask; one by one they make the same bits."""
-    model = packed_model(**more)
-    assert [len(call.blocks) for call, *_ in model.calls if isinstance(call, Blocks)] == wanted
-    together, model.calls = steps_of(model), None
-    assert torch.equal(together, steps_of(model))
+@pytest.mark.parametrize("mode", ["", *KINDS])
+@pytest.mark.parametrize("more", [dict(tied=True), dict(tied=True, embedding_scale=2.5), dict(output_bias=True), dict(output_scale=0.3)])
+def test_ends_are_the_same_bits(mode, more):
+    """A step without blocks: embeddings, a norm, the head."""
+    model = packed_model(mode, **more)
+    make_room(model, 3, 40)
+    tokens, pos = torch.arange(12).view(3, 4) * 8, torch.arange(4).expand(3, -1)
+    model.step.forms = model.step.forms[:0]
+    with torch.no_grad():
+        x = model.tok_embeddings(tokens)
+        x = x * torch.tensor(model.args.embedding_scale, dtype=x.dtype)
+        assert torch.equal(model(tokens, pos, slots=40), model.head(model.norm(x)))
+        at = torch.tensor([[3, 1], [0, 0], [2, 3]])
+        assert torch.equal(model(tokens, pos, slots=40, logits_at=at), model.head(model.norm(x.gather(1, at[..., None].expand(-1, -1, 128)))))
+
+
+def test_what_is_not_known_of_a_model_leaves_it_its_blocks():
+    """A norm or a head that somebody put there; a table in another dtype."""
+    for name, part in (("norm", torch.nn.LayerNorm(128)), ("output", torch.nn.Identity()), ("tok_embeddings", torch.nn.Embedding(96, 128))):
+        model = packed_model()
+        assert isinstance(model.step, WholeStep)
+        setattr(model, name, part)
+        assert pack_model(model).step is None and all(type(block) is OneCall for block in model.layers)
+
+
+def test_there_is_nothing_to_compile_in_one_call():
+    assert compile_steps(model=packed_model()) == EAGER
+    assert compile_steps(True, True, packed_model()).prefill is not EAGER.prefill
+    assert compile_steps(model=packed_model(activation="gelu")).decode is not EAGER.decode
 
 
 def test_a_cache_that_grows_or_goes_is_where_the_call_looks():
@@ -175,34 +209,39 @@ def test_packed_in_inference_mode_it_runs_outside():
 def test_who_still_has_an_old_form_is_told():
     model = packed_model()
     make_room(model, 1, 40)
-    forms, x = model.calls[0][0].forms, torch.zeros(1, 1, 128, dtype=torch.bfloat16)
+    step, zero = model.step, torch.zeros(1, 1, dtype=torch.long)
     model.float()
+    assert not step.takes(zero)
     with pytest.raises(RuntimeError, match="pack it again"):
-        torch.ops.cpu_step.blocks(x, forms, torch.zeros(1, 1, dtype=torch.long), None, None, torch.ones(1, 1, 1, 40, dtype=torch.bool))
+        step(zero, zero, 40, None)
 
 
-def test_a_position_outside_the_cache_is_told():
+def test_what_lies_outside_is_told():
     model = packed_model()
     make_room(model, 1, 40)
     with pytest.raises(IndexError, match="position 4000 in a cache of"):
         model(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[4000]]), slots=40)
     with pytest.raises(IndexError, match="2 rows in a cache of 1"):
         model(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[4], [4]]), slots=40)
+    with pytest.raises(IndexError, match="id 96 in a vocabulary of 96"):
+        model(torch.tensor([[96]]), torch.tensor([[4]]), slots=40)
+    with pytest.raises(IndexError, match="token 1 of 1"):
+        model(torch.tensor([[3]]), torch.tensor([[4]]), slots=40, logits_at=torch.tensor([[1]]))
 
 
 def test_a_copy_has_its_own_weights():
     model = packed_model()
     before, twin = steps_of(model), copy.deepcopy(model)
     assert all(type(block) is TransformerBlock for block in (*twin.layers, copy.copy(model.layers[0])))
-    assert twin.calls is None
+    assert twin.step is None
     twin.layers[0].attention.wo.packed.zero_()
     assert torch.equal(steps_of(model), before)
     assert not torch.equal(steps_of(pack_model(twin)), before)
 
 
-@pytest.mark.parametrize("more, calls", [({}, 1), (dict(layer_windows=[6, 0]), 2),
-                                         (dict(n_experts=4, active_experts=2), 2)])
-def test_compiled_steps_call_it_and_copy_no_cache(more, calls):
+@pytest.mark.parametrize("more, call", [({}, "step"), (dict(layer_windows=[6, 0]), "step"), (dict(activation="gelu"), "block"),
+                                        (dict(n_experts=4, active_experts=2), "block")])
+def test_compiled_steps_call_it_and_copy_no_cache(more, call):
     model = packed_model("int8", **more)
     make_room(model, 2, 40)
     from torch._inductor.utils import run_and_get_code
@@ -212,5 +251,5 @@ def test_compiled_steps_call_it_and_copy_no_cache(more, calls):
     with torch._inductor.utils.fresh_cache():
         compiled, code = run_and_get_code(steps_of, model, step)
     torch.testing.assert_close(compiled, steps_of(as_blocks(model)), rtol=0.03, atol=0.03 * compiled.abs().max().item())
-    assert sum(len(re.findall(r'"cpu_step::blocks"', text)) for text in code) == calls
+    assert sum(len(re.findall(rf'"cpu_step::{call}"', text)) for text in code) == (1 if call == "step" else 2)
     assert not any(re.search(r"(?<!to)_copy_|\bcopy_", text) for text in code)         # a conversion is to_copy
