@@ -423,7 +423,7 @@ def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
     def pack(model: Transformer, part: torch.nn.Module):
         pack_part(model, part)
-        if part is model.layers[0] and (o.compile_prefill or o.compile and not cpu_block.known(part)):
+        if part is model.layers[0] and (o.compile or o.compile_prefill) and not cpu_block.known(part):
             threading.Thread(target=load_compiler, daemon=True).start()
     if not conversing(o):               # whoever stays for a talk gains more from the faster step
         cpu.HURRY["pages are slow"] = False

@@ -76,13 +76,14 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False, mo
     """The one place that decides what is compiled. model: what it is for, if there is but one.
 
     decode: it is overhead that makes it slow. On a CPU most models' steps are one call already, model.step, and
-    there is nothing to compile. One graph serves all attended lengths and sampling settings: the length is a
+    prompts too: there is nothing to compile. One graph serves all attended lengths and sampling settings: the length is a
     tensor's dimension, which torch.compile takes as a symbol (an int would be a constant), and sampling stays
     outside. Another batch size or a larger cache is another graph. On CUDA several steps are replayed as one
     CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is bound by arithmetic, and compiling
     takes longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
-    compile_decode = compile_decode and getattr(model, "step", None) is None
+    one_call = getattr(model, "step", None)
+    compile_decode, compile_prefill = compile_decode and not one_call, compile_prefill and not (one_call and one_call.most > PAD)
     if compile_decode or compile_prefill:       # every batch and cache size is a graph of its own; past the limit a step would fail
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     blocks = compile_decode and torch.cuda.is_available() and ranks.size() == 1 and os.environ.get("GPU_BLOCKS") != "0"

@@ -1,9 +1,10 @@
-// softmax(q @ k.T * scale) @ v for few queries, on a CPU: a step of one token, or the few that speculation verifies.
+// softmax(q @ k.T * scale) @ v on a CPU: for few queries, a step of one token or the few that speculation verifies; and for
+// prompts, where the processor multiplies bfloat16.
 //
 // What it is: each head of keys and values is read once, front to back, for all the queries that share it, and no
 // further than the last slot that one of them may see. A query's sums do not depend on the other queries of the call,
-// so that a token gets the same bits alone and among others. What it is not: fast for long prompts, where PyTorch's own
-// fused operator serves. The plain form of the same thing is `attend` in model.py.
+// so that a token gets the same bits alone and among others. Prompts are bound by arithmetic: their keys and values are laid
+// out as weights are, and many queries multiply a block of them. The plain form of both is `attend` in model.py.
 #include <ATen/Parallel.h>
 #include <torch/csrc/stable/library.h>          // parsed in a quarter of torch/library.h's time
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,7 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t FEW = 15;         // queries a row, as in model.py: more are a prompt
 constexpr int64_t BLOCK = 256;      // slots looked at for one query after the other: 32 KB of keys of 64 bfloat16
 
 // One key/value head and the queries that share it. Query r stands at time r % T.
@@ -81,7 +83,7 @@ void score(const Head<X>& h, const Query<X>* q, int64_t r, int64_t R, int64_t fi
     if (h.cap) y = soft_cap(y, h.cap);
     bytes shown = {};
     std::memcpy(&shown, visible + s, std::min<int64_t>(LANES, last - s));
-    y = __builtin_convertvector(shown, ints) ? y : -std::numeric_limits<float>::infinity();
+    y = to_int(shown) ? y : -std::numeric_limits<float>::infinity();
     write(scores + s, y);
   }
 }
@@ -156,6 +158,7 @@ std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, in
     const bool* row = mask + t * stride;
     first = std::min<int64_t>(first, std::find(row, row + S, true) - row);
     int64_t end = S;
+    while (end >= last + 8 && !read<uint64_t>(row + end - 8)) end -= 8;
     while (end > last && !row[end - 1]) end--;
     last = std::max(last, end);
   }
@@ -187,6 +190,163 @@ template <class X> void attend_all(const Attention& a, Team* team) {
   });
 }
 
+// ---- prompts --------------------------------------------------------------------------------------------------------
+
+bool takes_prompts() {
+#ifdef BFLOAT16_DOT
+  return true;
+#else
+  return false;
+#endif
+}
+
+#ifdef BFLOAT16_DOT
+using at::BFloat16;
+
+constexpr int ROWS = 12;            // queries multiplied at once: 12 x 2 halves of a panel make 24 sums in 32 registers
+constexpr int64_t PANEL = 32;       // outputs that lie together
+constexpr int64_t TOGETHER = 256;   // queries, over heads, that use a block of keys once it is laid out
+
+// y [ROWS], `stride` apart, (+)= x [ROWS][2 * pairs], BLOCK apart, times a panel [pairs][32][2].
+void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
+  floats sum[ROWS][2] = {};
+  for (int r = 0; add && r < ROWS; r++)
+    for (int half = 0; half < 2; half++) sum[r][half] = read<floats>(y + r * stride + half * 16);
+  for (int64_t j = 0; j < pairs; j++, panel += 2 * PANEL, x += 2) {
+    const __m512bh low = (__m512bh)_mm512_loadu_si512(panel), high = (__m512bh)_mm512_loadu_si512(panel + PANEL);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) {
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + r * BLOCK));
+      sum[r][0] = (floats)_mm512_dpbf16_ps((__m512)sum[r][0], low, both);
+      sum[r][1] = (floats)_mm512_dpbf16_ps((__m512)sum[r][1], high, both);
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int half = 0; half < 2; half++) write(y + r * stride + half * 16, sum[r][half]);
+}
+
+// A block of keys and values as panels, and a tile's scores and probabilities. Slots from S on count as zeros.
+struct Laid {
+  std::vector<BFloat16> k, v, p;    // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK]
+  std::vector<float> scores;        // [ROWS][BLOCK]
+
+  template <class X> void lay(const Head<X>& h, int64_t at, int64_t S) {
+    const int64_t E = h.E;
+    k.resize(BLOCK * E), v.resize(BLOCK * E), p.resize(BLOCK * ROWS), scores.resize(ROWS * BLOCK);
+    const std::vector<X> none(E);
+    for (int64_t s = 0; s < BLOCK; s++) {
+      const X* key = at + s < S ? h.k + (at + s) * h.k_stride : none.data();
+      BFloat16* to = k.data() + s / PANEL * PANEL * E + s % PANEL * 2;
+      for (int64_t j = 0; j < E / 2; j++) write(to + j * 2 * PANEL, read<uint32_t>(key + 2 * j));
+    }
+    for (int64_t s = 0; s < BLOCK; s += 2)
+      for (int64_t e = 0; e < E; e += 16) {
+        const auto half = [&](int64_t i) {
+          return __builtin_convertvector(read<halves>(at + i < S ? h.v + (at + i) * h.v_stride + e : none.data()), words);
+        };
+        write(v.data() + (e / PANEL * BLOCK + s) * PANEL + e % PANEL * 2, half(s) | half(s + 1) << 16);
+      }
+  }
+};
+
+// Of the queries of one tile: their largest score yet, the sum of exponentials relative to it, and so weighted values.
+struct Tile {
+  BFloat16 q[ROWS][BLOCK];          // E of each are used
+  float most[ROWS], total[ROWS];
+  std::vector<float> y;             // [ROWS][E]
+  const bool* mask[ROWS];           // null: there is no such query
+  int64_t first, last;              // slots that at least one of them sees
+};
+
+// Scores of row r in slots `begin` ... `end` of the block, whole vectors -> probabilities, relative to the largest score yet
+// (Milakov and Gimelshein 2018): what was added up before shrinks by as much as that has grown.
+template <class X>
+void soften_row(const Head<X>& h, Tile& t, int r, int64_t at, int64_t begin, int64_t end, int64_t S, Laid& block) {
+  float* scores = block.scores.data() + r * BLOCK;
+  floats most = floats{} + t.most[r], total = {};
+  for (int64_t s = begin; s < end; s += LANES) {
+    bytes shown = {};
+    if (at + s + LANES <= S) shown = read<bytes>(t.mask[r] + at + s);
+    else if (at + s < S) std::memcpy(&shown, t.mask[r] + at + s, S - at - s);
+    floats x = read<floats>(scores + s) * h.scale;
+    if (h.cap) x = soft_cap(x, h.cap);
+    x = to_int(shown) ? x : -std::numeric_limits<float>::infinity();
+    most = x > most ? x : most;
+    write(scores + s, x);
+  }
+  const float highest = _mm512_reduce_max_ps((__m512)most), lowest = -std::numeric_limits<float>::max();
+  const float shrink = t.most[r] < lowest ? 0 : std::exp(t.most[r] - highest);
+  for (int64_t s = begin; s < end; s += LANES) {
+    floats x = read<floats>(scores + s);
+    x = x >= lowest ? exponential(x - highest) : floats{};
+    total += x;
+    write(block.p.data() + r * BLOCK + s, _mm512_cvtneps_pbh((__m512)x));
+  }
+  t.total[r] = t.total[r] * shrink + sum(total), t.most[r] = highest;
+  for (int64_t e = 0; shrink != 1 && e < h.E; e += LANES) write(t.y.data() + r * h.E + e, read<floats>(t.y.data() + r * h.E + e) * shrink);
+}
+
+// A tile meets the block of slots from `at` on.
+template <class X> void meet(const Head<X>& h, Tile& t, int64_t at, int64_t S, Laid& block) {
+  const int64_t begin = std::max<int64_t>(0, t.first - at) / PANEL * PANEL, end = std::min(BLOCK, (t.last - at + PANEL - 1) / PANEL * PANEL);
+  if (begin >= end) return;
+  for (int64_t s = begin; s < end; s += PANEL)
+    product(t.q[0], block.k.data() + s * h.E, h.E / 2, block.scores.data() + s, BLOCK, false);
+  for (int r = 0; r < ROWS && t.mask[r]; r++) soften_row(h, t, r, at, begin, end, S, block);
+  for (int64_t e = 0; e < h.E; e += PANEL)
+    product(block.p.data() + begin, block.v.data() + (e * BLOCK) + begin * PANEL, (end - begin) / 2, t.y.data() + e, h.E, true);
+}
+
+void attend_prompts(const Attention& a, Team* team) {
+  const int64_t H = a.H, T = a.T, E = a.E, G = H / a.K, some = std::max<int64_t>(1, TOGETHER / G), parts = (T + some - 1) / some;
+  const BFloat16 *q = (const BFloat16*)a.q, *k = (const BFloat16*)a.k, *v = (const BFloat16*)a.v;
+  share(team, a.B * a.K * parts, 1, [&](int64_t begin, int64_t end) {
+    thread_local Laid block;
+    thread_local std::vector<Tile> tiles;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / (a.K * parts), kv = i / parts % a.K, from = i % parts * some, n = std::min(some, T - from) * G;
+      const bool* mask = a.mask + b * a.mask_strides[0];
+      const Head<BFloat16> h{k + b * a.k_strides[0] + kv * a.k_strides[1], v + b * a.v_strides[0] + kv * a.v_strides[1], nullptr,
+                             a.k_strides[2], a.v_strides[2], E, T, mask, a.mask_strides[1], float(a.scale), float(a.cap), false};
+      const auto time_of = [&](int64_t r) { return from + r / G; };                  // a tile's rows see about the same slots
+      tiles.resize((n + ROWS - 1) / ROWS);
+      int64_t first = a.S, last = 0;
+      std::pair<int64_t, int64_t> range;
+      for (int64_t r = 0; r < int64_t(tiles.size()) * ROWS; r++) {
+        Tile& t = tiles[r / ROWS];
+        const int row = r % ROWS;
+        if (row == 0) t.y.assign(E * ROWS, 0), t.first = a.S, t.last = 0;
+        t.mask[row] = r < n ? mask + time_of(r) * a.mask_strides[1] : nullptr;
+        t.most[row] = -std::numeric_limits<float>::infinity(), t.total[row] = 0;
+        if (r >= n) { std::fill_n(t.q[row], E, BFloat16(0)); continue; }
+        const BFloat16* query = q + b * a.q_strides[0] + (kv * G + r % G) * a.q_strides[1] + time_of(r) * a.q_strides[2];
+        std::copy_n(query, E, t.q[row]);
+        if (r % G == 0) range = seen(t.mask[row], 0, 1, a.S);
+        t.first = std::min(t.first, range.first), t.last = std::max(t.last, range.second);
+        first = std::min(first, t.first), last = std::max(last, t.last);
+      }
+      for (int64_t at = first / BLOCK * BLOCK; at < last; at += BLOCK) {
+        block.lay(h, at, a.S);
+        for (Tile& t : tiles) meet(h, t, at, a.S, block);
+      }
+      for (int64_t r = 0; r < n; r++) {
+        const Tile& t = tiles[r / ROWS];
+        BFloat16* out = (BFloat16*)a.out + ((b * T + time_of(r)) * H + kv * G + r % G) * E;
+        for (int64_t e = 0; e < E; e++) out[e] = t.y[r % ROWS * E + e] / t.total[r % ROWS];
+      }
+    }
+  });
+}
+#endif
+
+// Either way. Prompts: E a multiple of 32, up to 256.
+void attend_bfloat16(const Attention& a, Team* team) {
+#ifdef BFLOAT16_DOT
+  if (a.T > FEW && a.E % PANEL == 0 && a.E <= BLOCK) return attend_prompts(a, team);
+#endif
+  attend_all<at::BFloat16>(a, team);
+}
+
 // q [B, H, T, E]; k, v [B, K, S, E] of the same dtype, float32 or bfloat16; mask bool [B, 1, T, S], true: visible
 // -> q's shape, in memory [B, T, H, E]. E is a multiple of 16; every query sees a slot. cap 0: no soft cap of the
 // scores.
@@ -204,11 +364,11 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
               B, H, T, E, k.size(1), k.size(2), scale, cap};
   for (int i = 0; i < 3; i++) a.q_strides[i] = q.stride(i), a.k_strides[i] = k.stride(i), a.v_strides[i] = v.stride(i);
   a.mask_strides[0] = mask.stride(0), a.mask_strides[1] = mask.stride(2);
-  if (type == aoti_torch_dtype_bfloat16()) attend_all<at::BFloat16>(a, nullptr); else attend_all<float>(a, nullptr);
+  if (type == aoti_torch_dtype_bfloat16()) attend_bfloat16(a, nullptr); else attend_all<float>(a, nullptr);
   return out;
 }
 
-int64_t address() { return (int64_t)(Attend*)&attend_all<at::BFloat16>; }            // for step.cpp
+int64_t address() { return (int64_t)(Attend*)&attend_bfloat16; }                      // for step.cpp
 
 }  // namespace
 
@@ -219,7 +379,11 @@ int64_t address() { return (int64_t)(Attend*)&attend_all<at::BFloat16>; }       
 STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, float cap) -> Tensor");
   m.def("address() -> int");
+  m.def("takes_prompts() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("attend", TORCH_BOX(&attend)); }
-STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("address", TORCH_BOX(&address)); }
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("address", TORCH_BOX(&address));
+  m.impl("takes_prompts", TORCH_BOX(&takes_prompts));
+}

@@ -7,6 +7,7 @@ breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for t
 activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs blocks in one call, is what to read next.
 """
 import hashlib
+import math
 import mmap
 import os
 import platform
@@ -30,6 +31,7 @@ from model import rotate as plain_rotate
 PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attention.cpp",), ("step.cpp",))
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
+ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
 HEADERS = ("vectors.h", "calls.h", "team.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
@@ -70,6 +72,7 @@ def load(kinds: list[tuple]) -> bool:
         torch.library.register_fake(f"{library}::linear", shape_of_linear)
         torch.library.register_fake(f"{library}::experts", lambda x, ids, *rest: x.new_empty(*ids.shape, x.shape[1]))
     if PLAIN[1] in kinds:
+        ABLE["prompts"] = torch.ops.cpu_attention.takes_prompts()
         torch.library.register_fake("cpu_attention::attend", shape_of_attend)
         torch.library.register_fake("cpu_step::block", lambda x, *rest: x.new_empty(x.shape))
         torch.library.register_fake("cpu_step::step", shape_of_step)
@@ -239,10 +242,17 @@ def experts(x: Tensor, ids: Tensor, w: list[Tensor], more: list[Tensor | None], 
     return library.experts(x, ids, w, more, sizes, clamped)
 
 
+def most_queries(E: int, dtype: torch.dtype) -> float:
+    """How many queries a row the kernel takes."""
+    return math.inf if dtype == torch.bfloat16 and E % 32 == 0 and E <= 256 and ABLE.get("prompts") else FEW
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0,
            sinks: Tensor | None = None) -> Tensor:
-    """model.attend with few queries in the kernel, which looks no further than the mask lets it see."""
-    if q.shape[2] > FEW or q.shape[3] % 16 or q.dtype not in (torch.float32, torch.bfloat16) or sinks is not None:
+    """model.attend in the kernel, which looks no further than the mask lets it see: few queries, and prompts where the
+    processor multiplies bfloat16."""
+    T, E = q.shape[2:]
+    if E % 16 or q.dtype not in (torch.float32, torch.bfloat16) or sinks is not None or T > most_queries(E, q.dtype):
         return plain_attend(q, k, v, mask, scale, cap, sinks)
     return torch.ops.cpu_attention.attend(q, k, v, mask, scale, cap)
 

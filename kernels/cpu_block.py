@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ranks
 from kernels import cpu
-from model import ACTIVATIONS, FEW, Attention, FeedForward, RMSNorm, TokenTable, Transformer, TransformerBlock
+from model import ACTIVATIONS, Attention, FeedForward, RMSNorm, TokenTable, Transformer, TransformerBlock
 
 KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                        # by their numbers in step.cpp
 SCALES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}                    # by theirs in c10/core/ScalarType.h
@@ -30,14 +30,14 @@ class WholeStep:
         self.blocks, self.vocabulary, self.forms = list(model.layers), model.args.vocab_size, torch.cat([b.form for b in model.layers])
         for i, block in enumerate(self.blocks):
             block.form = self.forms[i:i + 1]
-        args, table = model.args, model.tok_embeddings
+        args, table, self.most = model.args, model.tok_embeddings, most_tokens(self.blocks[0])
         self.ends, self.held = written([
             *matrix(table), *matrix(table if model.output is None else model.output), *normed(model.norm),
             float(args.embedding_scale), float(args.output_scale), float(args.output_softcap)])
 
     def takes(self, tokens: Tensor) -> bool:
         """Whether all is where it was, and fits."""
-        return tokens.shape[1] <= FEW and tokens.device.type == "cpu" and all(type(block) is OneCall for block in self.blocks) \
+        return tokens.shape[1] <= self.most and tokens.device.type == "cpu" and all(type(block) is OneCall for block in self.blocks) \
             and self.blocks[0].attention.cache.k is not None
 
     def __call__(self, tokens: Tensor, input_pos: Tensor, slots: int, logits_at: Tensor | None) -> Tensor:
@@ -53,7 +53,7 @@ class OneCall(TransformerBlock):
 
     def takes(self, x: Tensor) -> bool:
         k = self.attention.cache.k
-        return x.shape[1] <= FEW and x.dtype == torch.bfloat16 and x.device.type == "cpu" and k is not None and k.dtype == x.dtype
+        return x.shape[1] <= most_tokens(self) and x.dtype == torch.bfloat16 and x.device.type == "cpu" and k is not None and k.dtype == x.dtype
 
     def forward(self, x: Tensor, where: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None,
                 mask: Tensor) -> Tensor:
@@ -131,6 +131,11 @@ def takes(layer: nn.Module) -> bool:
 def known(block: TransformerBlock) -> bool:
     """Whether a whole step may have it."""
     return fits(block) and multiplies(block.feed_forward)
+
+
+def most_tokens(block: TransformerBlock) -> float:
+    """A row, in a call."""
+    return cpu.most_queries(block.attention.head_dim, torch.bfloat16)
 
 
 def multiplies(f: nn.Module) -> bool:

@@ -258,6 +258,17 @@ void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
   }
 }
 
+// What lies between the products, of the thread that called.
+struct Room {
+  std::vector<bfloat16> x, normed, made, y;           // made: by the last product
+
+  void trim() {                       // a prompt's is given back
+    for (auto* v : {&x, &normed, &made, &y})
+      if (v->capacity() > 1 << 22) std::vector<bfloat16>().swap(*v);
+  }
+};
+thread_local Room own;
+
 // What blocks of one call have in common.
 struct Step {
   int64_t B, T, D, S;
@@ -267,6 +278,7 @@ struct Step {
   int64_t mask_strides[2];
   int64_t n;                          // the pairs of a head that turn
   const float *cos, *sin;             // [B, T, n]
+  Room* room;
   Team* team;
 };
 
@@ -283,12 +295,11 @@ void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, 
 
 // x += attention(norm(x))
 void attention_half(const Block& w, const Step& s) {
-  thread_local std::vector<bfloat16> room, qkv, y;
+  Room& room = *s.room;
   const int64_t n = s.B * s.T, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
-  multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, room, s.team), n, qkv, s.team);
-  bfloat16* const all = qkv.data();                   // other threads have vectors of their own under these names
+  multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, room.normed, s.team), n, room.made, s.team);
   by_row(s.team, n, width, [&](int64_t r) {
-    bfloat16* row = all + r * width;
+    bfloat16* row = room.made.data() + r * width;
     prepare(w, row, s.cos + r * s.n, s.sin + r * s.n, s.n);
     for (int64_t h = 0; h < K; h++) {
       const int64_t slot = (r / s.T * K + h) * w.slots + s.pos[r];
@@ -296,25 +307,23 @@ void attention_half(const Block& w, const Step& s) {
       std::copy_n(row + (H + K + h) * E, E, w.v + slot * E);
     }
   });
-  y.resize(n * H * E);
+  room.y.resize(n * H * E);
   const int64_t slots = w.slots * E;
-  attend({qkv.data(), w.k, w.v, s.mask, y.data(), s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width},
+  attend({room.made.data(), w.k, w.v, s.mask, room.y.data(), s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width},
           {K * slots, slots, E}, {K * slots, slots, E}, {s.mask_strides[0], s.mask_strides[1]}}, s.team);
-  multiply(w.wo, y.data(), n, qkv, s.team);
-  add(w.post_attention_norm, qkv.data(), n, s.D, w.residual_scale, room, s.x, s.team);
+  multiply(w.wo, room.y.data(), n, room.made, s.team);
+  add(w.post_attention_norm, room.made.data(), n, s.D, w.residual_scale, room.normed, s.x, s.team);
 }
 
 // x += feed_forward(norm(x))
 void feed_forward_half(const Block& w, const Step& s) {
-  thread_local std::vector<bfloat16> room, h, y;
+  Room& room = *s.room;
   const int64_t n = s.B * s.T, F = w.w13.N / 2;
-  multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, room, s.team), n, h, s.team);
-  y.resize(n * F);
-  const bfloat16* const from = h.data();              // other threads have vectors of their own under these names
-  bfloat16* const to = y.data();
-  by_row(s.team, n, F, [&](int64_t r) { gate_row(from + r * 2 * F, F, w.activation == 1, to + r * F); });
-  multiply(w.w2, y.data(), n, h, s.team);
-  add(w.post_ffn_norm, h.data(), n, s.D, w.residual_scale, room, s.x, s.team);
+  multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, room.normed, s.team), n, room.made, s.team);
+  room.y.resize(n * F);
+  by_row(s.team, n, F, [&](int64_t r) { gate_row(room.made.data() + r * 2 * F, F, w.activation == 1, room.y.data() + r * F); });
+  multiply(w.w2, room.y.data(), n, room.made, s.team);
+  add(w.post_ffn_norm, room.made.data(), n, s.D, w.residual_scale, room.normed, s.x, s.team);
 }
 
 void check(const Tensor& forms, const Step& s) {
@@ -336,7 +345,7 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const s
   const Tensor cos = cosines ? whole(*cosines) : x, sin = sines ? whole(*sines) : x;
   Step s{x.size(0), x.size(1), x.size(2), mask.size(3), x.mutable_data_ptr<bfloat16>(), slots.const_data_ptr<int64_t>(),
          mask.const_data_ptr<bool>(), {mask.stride(0), mask.stride(2)}, cosines ? cos.size(3) : 0,
-         (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr()};
+         (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), &own};
   check(form, s);
   std::copy_n(from.const_data_ptr<bfloat16>(), s.B * s.T * s.D, s.x);
   Team::gather([&](Team* team) {
@@ -345,6 +354,7 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const s
     attention_half(w, s);
     if (w.activation) feed_forward_half(w, s);
   });
+  own.trim();
   return x;
 }
 
@@ -370,10 +380,9 @@ void embed(const Ends& e, const int64_t* ids, int64_t n, bfloat16* x, Team* team
 }
 
 // x [n, D] -> logits [n, V], rounded to bfloat16 on their way, as a layer's outputs are.
-void unembed(const Ends& e, const bfloat16* x, int64_t n, float* logits, Team* team) {
-  thread_local std::vector<bfloat16> room, y;
-  multiply(e.head, normed(e.norm, x, n, e.table.K, room, team), n, y, team);
-  const bfloat16* const from = y.data();              // other threads have vectors of their own under these names
+void unembed(const Ends& e, const bfloat16* x, int64_t n, float* logits, Room& room, Team* team) {
+  multiply(e.head, normed(e.norm, x, n, e.table.K, room.normed, team), n, room.made, team);
+  const bfloat16* const from = room.made.data();
   const float scale = e.output_scale, cap = e.cap;
   share(team, (n * e.head.N + LANES - 1) / LANES, 65536 / LANES, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * LANES, n * e.head.N);
@@ -422,15 +431,14 @@ Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, con
   const int64_t B = tokens.size(0), T = tokens.size(1), D = e.table.K, *id = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < B * T; i++)
     TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < e.table.N, "id ", id[i], " in a vocabulary of ", e.table.N);
-  thread_local std::vector<bfloat16> x, chosen;
-  x.resize(B * T * D);
-  Step s{B, T, D, slots, x.data(), pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}};
+  Room& room = own;
+  room.x.resize(B * T * D);
+  Step s{B, T, D, slots, room.x.data(), pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}, 0, nullptr, nullptr, &room};
   check(forms, s);
   const int64_t n = wanted.size(1), *column = wanted.const_data_ptr<int64_t>();
   for (int64_t i = 0; columns && i < B * n; i++) TORCH_CHECK_INDEX(column[i] >= 0 && column[i] < T, "token ", column[i], " of ", T);
   const Tensor logits = make(aoti_torch_dtype_float32(), {B, n, V}, {n * V, V, 1});
   float* const to = logits.mutable_data_ptr<float>();
-  chosen.resize(columns ? B * n * D : 0);
   Shared shared;
   Team::gather([&](Team* team) {
     s.team = team;
@@ -440,10 +448,13 @@ Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, con
       attention_half(*w, s);
       feed_forward_half(*w, s);
     }
-    for (int64_t i = 0; columns && i < B * n; i++)
-      std::copy_n(s.x + (i / n * T + column[i]) * D, D, chosen.data() + i * D);
-    unembed(e, columns ? chosen.data() : s.x, B * n, to, team);
+    if (columns) {
+      room.y.resize(B * n * D);
+      for (int64_t i = 0; i < B * n; i++) std::copy_n(s.x + (i / n * T + column[i]) * D, D, room.y.data() + i * D);
+    }
+    unembed(e, columns ? room.y.data() : s.x, B * n, to, room, team);
   });
+  room.trim();
   return logits;
 }
 

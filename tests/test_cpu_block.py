@@ -179,7 +179,8 @@ def test_what_is_not_known_of_a_model_leaves_it_its_blocks():
 
 def test_there_is_nothing_to_compile_in_one_call():
     assert compile_steps(model=packed_model()) == EAGER
-    assert compile_steps(True, True, packed_model()).prefill is not EAGER.prefill
+    assert (compile_steps(True, True, packed_model()) == EAGER) == cpu.ABLE["prompts"]
+    assert compile_steps(True, True, packed_model(head_dim=48)).prefill is not EAGER.prefill
     assert compile_steps(model=packed_model(activation="gelu")).decode is not EAGER.decode
 
 

@@ -66,6 +66,31 @@ def test_slots_nobody_sees_do_not_matter():
     assert torch.equal(cpu.attend(q, k, v, mask, 0.1), wanted)
 
 
+# B, H, K, T, S, E, window, cap
+PROMPTS = [(1, 4, 2, 20, 40, 32, 0, 0.0), (2, 6, 2, 61, 300, 64, 0, 0.0), (1, 4, 4, 300, 600, 96, 0, 0.0), (1, 8, 1, 130, 257, 128, 0, 30.0),
+           (1, 2, 2, 270, 700, 256, 100, 0.0), (3, 3, 1, 20, 21, 64, 7, 0.0)]
+
+
+@pytest.mark.parametrize("B, H, K, T, S, E, window, cap", PROMPTS)
+def test_attention_of_prompts(B, H, K, T, S, E, window, cap):
+    """Groups that fill no tile, slots that fill no block, windows that leave whole blocks unseen; what lies in unseen slots
+    changes nothing."""
+    needs_compiler()
+    if not cpu.ABLE["prompts"]:
+        pytest.skip("the processor does not multiply bfloat16")
+    q, k, v, mask = operands(B, H, K, T, S, E, window, torch.bfloat16)
+    wanted = attend(q.float(), k.float(), v.float(), mask, 0.1, cap)
+    got = cpu.attend(q, k, v, mask, 0.1, cap)
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=2e-2)
+    k, v = (torch.where(mask.any(2)[..., None], t, 1e4) for t in (k, v))
+    assert torch.equal(cpu.attend(q, k, v, mask, 0.1, cap), got)
+    q[0, 0, -1], mask[0, 0, -1] = 0, mask[0, 0, 0]                                   # another query's matter
+    assert torch.equal(cpu.attend(q, k, v, mask, 0.1, cap)[:, :, :-1], got[:, :, :-1])
+    part = slice(T // 2 - 8, T // 2 + 9)
+    assert torch.equal(cpu.attend(q[:, :, part], k, v, mask[:, :, part], 0.1, cap), got[:, :, part])
+
+
 def test_portable_attention_agrees():
     """Built without the bfloat16 instructions, as on AVX2 or ARM."""
     try:
@@ -82,7 +107,8 @@ def test_portable_attention_agrees():
 
 def test_other_shapes_take_the_plain_form():
     """Heads that are not a multiple of 16 wide, many queries, half precision."""
-    for T, E, dtype in ((1, 8, torch.float32), (40, 64, torch.float32), (1, 64, torch.float16)):
+    for T, E, dtype in ((1, 8, torch.float32), (40, 64, torch.float32), (40, 48, torch.bfloat16), (40, 288, torch.bfloat16),
+                        (1, 64, torch.float16)):
         q, k, v, mask = operands(1, 4, 2, T, 100, E, 0, dtype)
         assert torch.equal(cpu.attend(q, k, v, mask, 0.1), attend(q, k, v, mask, 0.1))
 
