@@ -421,10 +421,12 @@ def load_compiler():
 
 def load(o: argparse.Namespace, report: dict) -> tuple[Transformer, Tokenizer]:
     """The model of --checkpoint_path. Another entry script may bring its own, and add to the report."""
+    compiler, wanted = threading.Thread(target=load_compiler, daemon=True), o.compile or o.compile_prefill
+
     def pack(model: Transformer, part: torch.nn.Module):
         pack_part(model, part)
-        if part is model.layers[0] and (o.compile or o.compile_prefill) and not cpu_block.known(part):
-            threading.Thread(target=load_compiler, daemon=True).start()
+        if wanted and compiler.ident is None and part is not model and not cpu_block.known(part, PAD if o.compile_prefill else 1):
+            compiler.start()            # something is not one call
     if not conversing(o):               # whoever stays for a talk gains more from the faster step
         cpu.HURRY["pages are slow"] = False
     return load_model(o.checkpoint_path, o.device, o.dtype, pack, trust_architecture=o.trust_architecture)

@@ -35,6 +35,7 @@ from checkpoint import (end_ids, free_memory, load_checkpoint, pick_dtype, read_
                         weight_bytes)
 from experts import pack_part
 from kernels.cpu import NarrowRows, available
+from kernels.cpu_block import one_call
 from model import Transformer
 from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
@@ -82,8 +83,8 @@ def compile_steps(compile_decode: bool = True, compile_prefill: bool = False, mo
     CUDA graph (GPU_BLOCKS=0: each on its own). prefill: on request; it is bound by arithmetic, and compiling
     takes longer than most prompts. Its lengths are rounded up to PAD and symbolic too.
     """
-    one_call = getattr(model, "step", None)
-    compile_decode, compile_prefill = compile_decode and not one_call, compile_prefill and not (one_call and one_call.most > PAD)
+    compile_decode = compile_decode and not one_call(model)
+    compile_prefill = compile_prefill and not one_call(model, PAD)
     if compile_decode or compile_prefill:       # every batch and cache size is a graph of its own; past the limit a step would fail
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     blocks = compile_decode and torch.cuda.is_available() and ranks.size() == 1 and os.environ.get("GPU_BLOCKS") != "0"
@@ -401,8 +402,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list, *, max_new
 def pick_device(name: str) -> torch.device:
     """auto: the accelerator if there is one."""
     if name == "auto":
-        found = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=args.output_bias)
         self.ropes = nn.ModuleList(RotaryEmbedding(rope, args.max_position) for rope in args.ropes)
         self.max_batch_size = self.max_seq_length = self.cache_slots = 0
-        self.step = None                        # a device may have one call for few tokens: see kernels/
+        self.step = None                        # a device may have one call for all of it: see kernels/
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, slots: int = 0) -> bool:
         """Make room for `max_batch_size` rows of `max_seq_length` tokens; True if that took a new allocation.

@@ -29,6 +29,7 @@ import ranks
 from generate import (PAD, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
                       one_row_matmul, rows_for, run_prefill, symbolic)
 from kernels import cpu
+from kernels.cpu_block import one_call
 from model import Transformer
 from sampling import Choices, Sampler, Sampling, choices
 from tokenizer import Tokenizer
@@ -58,10 +59,11 @@ class SpeculativeSteps(NamedTuple):
 
 
 def compile_speculation(model: Transformer | None = None, draft_model: Transformer | None = None) -> SpeculativeSteps:
-    """As generate.compile_steps. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
+    """As generate.compile_steps; a model without a draft one guesses from the text. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
     two of draft its one or two tokens, and how many guesses are accepted is data."""
-    return SpeculativeSteps(compile_step(draft) if getattr(draft_model, "step", None) is None else draft,
-                            compile_step(verify) if getattr(model, "step", None) is None else verify)
+    guesses = draft_model is not None or model is None
+    return SpeculativeSteps(compile_step(draft) if guesses and not one_call(draft_model) else draft,
+                            verify if one_call(model) else compile_step(verify))
 
 
 # ---- guesses -----------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ inline float soften(float* scores, int64_t n) {
   for (int j = 1; j < LANES; j++) highest = std::max(highest, most[j]);
   for (int64_t s = 0; s < n; s += LANES) {
     floats p = read<floats>(scores + s);
-    p = p >= -std::numeric_limits<float>::max() ? exponential(p - highest) : floats{};   // masked: nothing at all
+    p = p < -std::numeric_limits<float>::max() ? floats{} : exponential(p - highest);     // masked: nothing at all
     write(scores + s, p);
     total += p;
   }
@@ -168,7 +168,7 @@ std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, in
 template <class X> void attend_all(const Attention& a, Team* team) {
   const int64_t H = a.H, T = a.T, E = a.E, R = H / a.K * T, room = (a.S + 31) / LANES * LANES;
   const X *q = (const X*)a.q, *k = (const X*)a.k, *v = (const X*)a.v;
-  const int64_t grain = std::max<int64_t>(1, 65536 / (a.S * R * E));                 // as in linear.cpp
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, a.S * R * E));                 // as in linear.cpp
   share(team, a.B * a.K, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scores, y;
     thread_local std::vector<Query<X>> queries;
@@ -206,8 +206,12 @@ using at::BFloat16;
 constexpr int ROWS = 12;            // queries multiplied at once: 12 x 2 halves of a panel make 24 sums in 32 registers
 constexpr int64_t PANEL = 32;       // outputs that lie together
 constexpr int64_t TOGETHER = 256;   // queries, over heads, that use a block of keys once it is laid out
+constexpr int64_t WIDEST = BLOCK;   // of heads: so queries lie as far apart as their rows of probabilities, one for each slot
 
-// y [ROWS], `stride` apart, (+)= x [ROWS][2 * pairs], BLOCK apart, times a panel [pairs][32][2].
+using Keys = Head<BFloat16>;
+
+// y [ROWS], `stride` apart, (+)= x [ROWS][2 * pairs], BLOCK apart, times a panel [pairs][32][2]. A constant distance is an
+// instruction's; a variable one takes registers.
 void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
   floats sum[ROWS][2] = {};
   for (int r = 0; add && r < ROWS; r++)
@@ -230,19 +234,19 @@ struct Laid {
   std::vector<BFloat16> k, v, p;    // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK]
   std::vector<float> scores;        // [ROWS][BLOCK]
 
-  template <class X> void lay(const Head<X>& h, int64_t at, int64_t S) {
+  void lay(const Keys& h, int64_t at, int64_t S) {
+    static const BFloat16 none[WIDEST] = {};
     const int64_t E = h.E;
     k.resize(BLOCK * E), v.resize(BLOCK * E), p.resize(BLOCK * ROWS), scores.resize(ROWS * BLOCK);
-    const std::vector<X> none(E);
     for (int64_t s = 0; s < BLOCK; s++) {
-      const X* key = at + s < S ? h.k + (at + s) * h.k_stride : none.data();
+      const BFloat16* key = at + s < S ? h.k + (at + s) * h.k_stride : none;
       BFloat16* to = k.data() + s / PANEL * PANEL * E + s % PANEL * 2;
       for (int64_t j = 0; j < E / 2; j++) write(to + j * 2 * PANEL, read<uint32_t>(key + 2 * j));
     }
     for (int64_t s = 0; s < BLOCK; s += 2)
       for (int64_t e = 0; e < E; e += 16) {
         const auto half = [&](int64_t i) {
-          return __builtin_convertvector(read<halves>(at + i < S ? h.v + (at + i) * h.v_stride + e : none.data()), words);
+          return __builtin_convertvector(read<halves>(at + i < S ? h.v + (at + i) * h.v_stride + e : none), words);
         };
         write(v.data() + (e / PANEL * BLOCK + s) * PANEL + e % PANEL * 2, half(s) | half(s + 1) << 16);
       }
@@ -251,7 +255,7 @@ struct Laid {
 
 // Of the queries of one tile: their largest score yet, the sum of exponentials relative to it, and so weighted values.
 struct Tile {
-  BFloat16 q[ROWS][BLOCK];          // E of each are used
+  BFloat16 q[ROWS][WIDEST];         // E of each are used
   float most[ROWS], total[ROWS];
   std::vector<float> y;             // [ROWS][E]
   const bool* mask[ROWS];           // null: there is no such query
@@ -260,8 +264,7 @@ struct Tile {
 
 // Scores of row r in slots `begin` ... `end` of the block, whole vectors -> probabilities, relative to the largest score yet
 // (Milakov and Gimelshein 2018): what was added up before shrinks by as much as that has grown.
-template <class X>
-void soften_row(const Head<X>& h, Tile& t, int r, int64_t at, int64_t begin, int64_t end, int64_t S, Laid& block) {
+void soften_row(const Keys& h, Tile& t, int r, int64_t at, int64_t begin, int64_t end, int64_t S, Laid& block) {
   float* scores = block.scores.data() + r * BLOCK;
   floats most = floats{} + t.most[r], total = {};
   for (int64_t s = begin; s < end; s += LANES) {
@@ -278,7 +281,7 @@ void soften_row(const Head<X>& h, Tile& t, int r, int64_t at, int64_t begin, int
   const float shrink = t.most[r] < lowest ? 0 : std::exp(t.most[r] - highest);
   for (int64_t s = begin; s < end; s += LANES) {
     floats x = read<floats>(scores + s);
-    x = x >= lowest ? exponential(x - highest) : floats{};
+    x = x < lowest ? floats{} : exponential(x - highest);
     total += x;
     write(block.p.data() + r * BLOCK + s, _mm512_cvtneps_pbh((__m512)x));
   }
@@ -287,7 +290,7 @@ void soften_row(const Head<X>& h, Tile& t, int r, int64_t at, int64_t begin, int
 }
 
 // A tile meets the block of slots from `at` on.
-template <class X> void meet(const Head<X>& h, Tile& t, int64_t at, int64_t S, Laid& block) {
+void meet(const Keys& h, Tile& t, int64_t at, int64_t S, Laid& block) {
   const int64_t begin = std::max<int64_t>(0, t.first - at) / PANEL * PANEL, end = std::min(BLOCK, (t.last - at + PANEL - 1) / PANEL * PANEL);
   if (begin >= end) return;
   for (int64_t s = begin; s < end; s += PANEL)
@@ -306,7 +309,7 @@ void attend_prompts(const Attention& a, Team* team) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (a.K * parts), kv = i / parts % a.K, from = i % parts * some, n = std::min(some, T - from) * G;
       const bool* mask = a.mask + b * a.mask_strides[0];
-      const Head<BFloat16> h{k + b * a.k_strides[0] + kv * a.k_strides[1], v + b * a.v_strides[0] + kv * a.v_strides[1], nullptr,
+      const Keys h{k + b * a.k_strides[0] + kv * a.k_strides[1], v + b * a.v_strides[0] + kv * a.v_strides[1], nullptr,
                              a.k_strides[2], a.v_strides[2], E, T, mask, a.mask_strides[1], float(a.scale), float(a.cap), false};
       const auto time_of = [&](int64_t r) { return from + r / G; };                  // a tile's rows see about the same slots
       tiles.resize((n + ROWS - 1) / ROWS);
@@ -341,8 +344,9 @@ void attend_prompts(const Attention& a, Team* team) {
 
 // Either way. Prompts: E a multiple of 32, up to 256.
 void attend_bfloat16(const Attention& a, Team* team) {
+  if (a.B * a.T == 0) return;
 #ifdef BFLOAT16_DOT
-  if (a.T > FEW && a.E % PANEL == 0 && a.E <= BLOCK) return attend_prompts(a, team);
+  if (a.T > FEW && a.E % PANEL == 0 && a.E <= WIDEST) return attend_prompts(a, team);
 #endif
   attend_all<at::BFloat16>(a, team);
 }

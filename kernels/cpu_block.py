@@ -1,11 +1,12 @@
-"""A Transformer's step of few tokens in one call on a CPU, from ids to logits; or a block of it.
+"""A Transformer's step in one call on a CPU, from ids to logits; or a block of it.
 
 What it is: `WholeStep`, a model that step.cpp runs, which has the other kernels multiply and attend, and `OneCall`, a block that
 it runs: calls, loops of a microsecond and tensors between the products took an eighth of a compiled step and a quarter of an
-eager one. What it is not: another model. Transformer and TransformerBlock are what they mean and what runs for prompts, without
-a cache, in another dtype than bfloat16, and where something does not fit. Mixtures, and feed-forwards of another form, share the
-first half of a block. The call knows weights and caches by their addresses: layers that are put into the model later, or into a
-block, and hooks on any of them, it does not see until the model is packed again. cpu.py lays the weights out.
+eager one. Prompts go the same way where the processor multiplies bfloat16. What it is not: another model. Transformer and
+TransformerBlock are what they mean and what runs without a cache, in another dtype than bfloat16, and where something does not
+fit. Mixtures, and feed-forwards of another form, share the first half of a block. The call knows weights and caches by their
+addresses and has read the model's args: parts that are put into the model later, hooks on any of them, and other args it does
+not see until the model is packed again. cpu.py lays the weights out.
 """
 import struct
 
@@ -24,21 +25,25 @@ PLACE = 4                                                                       
 
 class WholeStep:
     """Transformer.step. forms: its blocks', one behind another; ends: what step.cpp reads of the rest, struct Ends there; held:
-    the tensors whose addresses are in it. A copy of the model has layers of its own, and none of this."""
+    the tensors whose addresses are in it; most: tokens a row. A copy of the model has layers of its own, and none of this."""
 
     def __init__(self, model: Transformer):
-        self.blocks, self.vocabulary, self.forms = list(model.layers), model.args.vocab_size, torch.cat([b.form for b in model.layers])
+        self.blocks, self.forms = list(model.layers), torch.cat([block.form for block in model.layers])
         for i, block in enumerate(self.blocks):
             block.form = self.forms[i:i + 1]
-        args, table, self.most = model.args, model.tok_embeddings, most_tokens(self.blocks[0])
-        self.ends, self.held = written([
-            *matrix(table), *matrix(table if model.output is None else model.output), *normed(model.norm),
-            float(args.embedding_scale), float(args.output_scale), float(args.output_softcap)])
+        args, table, head = model.args, model.tok_embeddings, head_of(model)
+        self.most, self.vocabulary = most_tokens(self.blocks[0]), head.out_features
+        self.ends, self.held = written([*matrix(table), *matrix(head), *normed(model.norm), float(args.embedding_scale),
+                                        float(args.output_scale), float(args.output_softcap)])
+
+    def whole(self) -> bool:
+        """Whether no block was taken apart, as all are when a model is moved."""
+        return all(type(block) is OneCall for block in self.blocks)
 
     def takes(self, tokens: Tensor) -> bool:
-        """Whether all is where it was, and fits."""
-        return tokens.shape[1] <= self.most and tokens.device.type == "cpu" and all(type(block) is OneCall for block in self.blocks) \
-            and self.blocks[0].attention.cache.k is not None
+        k = self.blocks[0].attention.cache.k
+        return tokens.shape[1] <= self.most and tokens.dtype == torch.long and tokens.device.type == "cpu" and self.whole() \
+            and k is not None and k.dtype == torch.bfloat16
 
     def __call__(self, tokens: Tensor, input_pos: Tensor, slots: int, logits_at: Tensor | None) -> Tensor:
         """Transformer.forward with caches: tokens, input_pos [B, T], logits_at [B, n] -> logits [B, T or n, V]."""
@@ -46,6 +51,11 @@ class WholeStep:
 
     def __reduce_ex__(self, protocol):
         return type(None), ()
+
+
+def one_call(model: Transformer | None, tokens: int = 1) -> bool:
+    """Whether steps of so many tokens a row are."""
+    return model is not None and model.step is not None and model.step.whole() and tokens <= model.step.most
 
 
 class OneCall(TransformerBlock):
@@ -128,9 +138,9 @@ def takes(layer: nn.Module) -> bool:
     return layer.in_features % cpu.UNIT == 0 and layer.packed.device.type == "cpu" and (layer.bias is None or on_cpu(layer.bias))
 
 
-def known(block: TransformerBlock) -> bool:
-    """Whether a whole step may have it."""
-    return fits(block) and multiplies(block.feed_forward)
+def known(block: TransformerBlock, tokens: int = 1) -> bool:
+    """Whether a whole step of so many tokens a row may have it."""
+    return fits(block) and multiplies(block.feed_forward) and tokens <= most_tokens(block)
 
 
 def most_tokens(block: TransformerBlock) -> float:
@@ -145,10 +155,14 @@ def multiplies(f: nn.Module) -> bool:
 
 def known_ends(model: Transformer) -> bool:
     """Whether embedding, last norm and head are what step.cpp knows."""
-    table = model.tok_embeddings
-    return (on_cpu(table.weight) and table.weight.is_contiguous() if type(table) is TokenTable else takes(table)) \
-        and (takes(table) if model.output is None else takes(model.output)) \
+    table, head, D = model.tok_embeddings, head_of(model), model.args.dim
+    return (on_cpu(table.weight) and table.weight.is_contiguous() and table.weight.shape[1] == D if type(table) is TokenTable else
+            takes(table) and table.in_features == D) and takes(head) and head.in_features == D \
         and type(model.norm) in (RMSNorm, cpu.PackedNorm) and on_cpu(model.norm.weight)
+
+
+def head_of(model: Transformer) -> nn.Module:
+    return model.tok_embeddings if model.output is None else model.output
 
 
 def form_of(block: TransformerBlock, ropes: nn.ModuleList, rope: int, window: int) -> tuple[Tensor, list[Tensor]]:

@@ -676,7 +676,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& w, const Optional& 
 
 // The same for step.cpp, which is another library and calls this by its address.
 void multiply_matrix(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team) {
-  multiply_all({{m, x, rows, y}}, at::kBFloat16, team);
+  if (rows) multiply_all({{m, x, rows, y}}, at::kBFloat16, team);
 }
 
 template <class W> void look_up_as(const Matrix& m, int64_t row, at::BFloat16* y) {
@@ -701,7 +701,7 @@ template <class W> void look_up_as(const Matrix& m, int64_t row, at::BFloat16* y
   }
 }
 
-// Row `row` of a packed weight, a token's embedding -> y [K]. Also for step.cpp.
+// Row `row` of a packed weight, a token's embedding -> y [K], K a multiple of 8. Also for step.cpp.
 void look_up(const Matrix& m, int64_t row, at::BFloat16* y) {
   if (m.bits == 16) return look_up_as<Bfloat16>(m, row, y);
   if constexpr (QUANTIZED) {

@@ -215,12 +215,18 @@ const Products& products(const Matrix& m) { return m.bits == 16 ? *plain : *quan
 
 void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
 
+// At least n numbers' room, which is not cleared at every turn from a narrow product to a wide one.
+bfloat16* grow(std::vector<bfloat16>& room, int64_t n) {
+  if (int64_t(room.size()) < n) room.resize(n);
+  return room.data();
+}
+
 // x [rows, D] normed, in `room`; or x itself.
 const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, std::vector<bfloat16>& room, Team* team) {
   if (!n.scale) return x;
-  room.resize(rows * D);
-  by_row(team, rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, room.data() + r * D); });
-  return room.data();
+  bfloat16* const y = grow(room, rows * D);
+  by_row(team, rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, y + r * D); });
+  return y;
 }
 
 // y [n] += alpha * x
@@ -230,17 +236,19 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
   for (; i < n; i++) y[i] = float(y[i]) + alpha * float(x[i]);
 }
 
-// x [rows, K] -> y [rows, N]
-void multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& y, Team* team) {
-  y.resize(rows * m.N);
-  products(m).multiply(m, x, rows, y.data(), team);
-  for (int64_t r = 0; m.bias && r < rows; r++) add_row(m.bias, 1, m.N, y.data() + r * m.N);
+// x [rows, K] -> [rows, N], in `room`
+bfloat16* multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& room, Team* team) {
+  bfloat16* const y = grow(room, rows * m.N);
+  products(m).multiply(m, x, rows, y, team);
+  if (m.bias) by_row(team, rows, m.N, [&](int64_t r) { add_row(m.bias, 1, m.N, y + r * m.N); });
+  return y;
 }
 
 // y [rows, D] += alpha * norm(x)
 void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, std::vector<bfloat16>& room, bfloat16* y,
          Team* team) {
-  add_row(normed(n, x, rows, D, room, team), alpha, rows * D, y);
+  const bfloat16* const more = normed(n, x, rows, D, room, team);
+  by_row(team, rows, D, [&](int64_t r) { add_row(more + r * D, alpha, D, y + r * D); });
 }
 
 inline floats sigmoid(floats x) {
@@ -261,13 +269,16 @@ void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
 // What lies between the products, of the thread that called.
 struct Room {
   std::vector<bfloat16> x, normed, made, y;           // made: by the last product
+};
+thread_local Room own;
 
-  void trim() {                       // a prompt's is given back
-    for (auto* v : {&x, &normed, &made, &y})
+// When a call ends: what a prompt took is given back.
+struct Trim {
+  ~Trim() {
+    for (auto* v : {&own.x, &own.normed, &own.made, &own.y})
       if (v->capacity() > 1 << 22) std::vector<bfloat16>().swap(*v);
   }
 };
-thread_local Room own;
 
 // What blocks of one call have in common.
 struct Step {
@@ -295,11 +306,10 @@ void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, 
 
 // x += attention(norm(x))
 void attention_half(const Block& w, const Step& s) {
-  Room& room = *s.room;
-  const int64_t n = s.B * s.T, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E;
-  multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, room.normed, s.team), n, room.made, s.team);
+  const int64_t n = s.B * s.T, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E, slots = w.slots * E;
+  bfloat16* const qkv = multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
   by_row(s.team, n, width, [&](int64_t r) {
-    bfloat16* row = room.made.data() + r * width;
+    bfloat16* row = qkv + r * width;
     prepare(w, row, s.cos + r * s.n, s.sin + r * s.n, s.n);
     for (int64_t h = 0; h < K; h++) {
       const int64_t slot = (r / s.T * K + h) * w.slots + s.pos[r];
@@ -307,29 +317,26 @@ void attention_half(const Block& w, const Step& s) {
       std::copy_n(row + (H + K + h) * E, E, w.v + slot * E);
     }
   });
-  room.y.resize(n * H * E);
-  const int64_t slots = w.slots * E;
-  attend({room.made.data(), w.k, w.v, s.mask, room.y.data(), s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width},
-          {K * slots, slots, E}, {K * slots, slots, E}, {s.mask_strides[0], s.mask_strides[1]}}, s.team);
-  multiply(w.wo, room.y.data(), n, room.made, s.team);
-  add(w.post_attention_norm, room.made.data(), n, s.D, w.residual_scale, room.normed, s.x, s.team);
+  bfloat16* const y = grow(s.room->y, n * H * E);
+  attend({qkv, w.k, w.v, s.mask, y, s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width}, {K * slots, slots, E},
+          {K * slots, slots, E}, {s.mask_strides[0], s.mask_strides[1]}}, s.team);
+  add(w.post_attention_norm, multiply(w.wo, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
 }
 
 // x += feed_forward(norm(x))
 void feed_forward_half(const Block& w, const Step& s) {
-  Room& room = *s.room;
   const int64_t n = s.B * s.T, F = w.w13.N / 2;
-  multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, room.normed, s.team), n, room.made, s.team);
-  room.y.resize(n * F);
-  by_row(s.team, n, F, [&](int64_t r) { gate_row(room.made.data() + r * 2 * F, F, w.activation == 1, room.y.data() + r * F); });
-  multiply(w.w2, room.y.data(), n, room.made, s.team);
-  add(w.post_ffn_norm, room.made.data(), n, s.D, w.residual_scale, room.normed, s.x, s.team);
+  const bfloat16* const h = multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
+  bfloat16* const y = grow(s.room->y, n * F);
+  by_row(s.team, n, F, [&](int64_t r) { gate_row(h + r * 2 * F, F, w.activation == 1, y + r * F); });
+  add(w.post_ffn_norm, multiply(w.w2, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
 }
 
 void check(const Tensor& forms, const Step& s) {
   STD_TORCH_CHECK(forms.size(1) * sizeof(int64_t) == sizeof(Block), "a form of another version");
   for (const Block *w = (const Block*)forms.const_data_ptr(), *end = w + forms.size(0); w < end; w++) {
-    STD_TORCH_CHECK(w->k && w->v && s.S <= w->slots, "the model's layers or caches are elsewhere by now, or too short: pack it again");
+    STD_TORCH_CHECK(w->k && w->v, "the model's layers or caches are elsewhere by now: pack it again");
+    STD_TORCH_CHECK(s.S > 0 && s.S <= w->slots, s.S, " slots of a cache of ", w->slots);
     TORCH_CHECK_INDEX(s.B <= w->rows, s.B, " rows in a cache of ", w->rows);
     for (int64_t i = 0; i < s.B * s.T; i++)
       TORCH_CHECK_INDEX(s.pos[i] >= 0 && s.pos[i] < w->slots, "position ", s.pos[i], " in a cache of ", w->slots, " slots");
@@ -347,6 +354,7 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const s
          mask.const_data_ptr<bool>(), {mask.stride(0), mask.stride(2)}, cosines ? cos.size(3) : 0,
          (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), &own};
   check(form, s);
+  const Trim trim;
   std::copy_n(from.const_data_ptr<bfloat16>(), s.B * s.T * s.D, s.x);
   Team::gather([&](Team* team) {
     s.team = team;
@@ -354,7 +362,6 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const s
     attention_half(w, s);
     if (w.activation) feed_forward_half(w, s);
   });
-  own.trim();
   return x;
 }
 
@@ -371,7 +378,7 @@ struct Ends {
 void embed(const Ends& e, const int64_t* ids, int64_t n, bfloat16* x, Team* team) {
   const int64_t D = e.table.K;
   const float scale = bfloat16(e.embedding_scale);
-  by_row(team, n, 8 * D, [&](int64_t i) {
+  by_row(team, n, 8 * D, [&](int64_t i) {             // a packed row takes so many times as long as others
     bfloat16* row = x + i * D;
     if (e.table.bits) products(e.table).look_up(e.table, ids[i], row);
     else std::copy_n((const bfloat16*)e.table.w + ids[i] * D, D, row);
@@ -381,8 +388,7 @@ void embed(const Ends& e, const int64_t* ids, int64_t n, bfloat16* x, Team* team
 
 // x [n, D] -> logits [n, V], rounded to bfloat16 on their way, as a layer's outputs are.
 void unembed(const Ends& e, const bfloat16* x, int64_t n, float* logits, Room& room, Team* team) {
-  multiply(e.head, normed(e.norm, x, n, e.table.K, room.normed, team), n, room.made, team);
-  const bfloat16* const from = room.made.data();
+  const bfloat16* const from = multiply(e.head, normed(e.norm, x, n, e.table.K, room.normed, team), n, room.made, team);
   const float scale = e.output_scale, cap = e.cap;
   share(team, (n * e.head.N + LANES - 1) / LANES, 65536 / LANES, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * LANES, n * e.head.N);
@@ -431,10 +437,12 @@ Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, con
   const int64_t B = tokens.size(0), T = tokens.size(1), D = e.table.K, *id = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < B * T; i++)
     TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < e.table.N, "id ", id[i], " in a vocabulary of ", e.table.N);
+  STD_TORCH_CHECK(pos.size(0) == B && pos.size(1) == T && wanted.size(0) == B, "positions or columns of another number of rows or tokens");
   Room& room = own;
-  room.x.resize(B * T * D);
-  Step s{B, T, D, slots, room.x.data(), pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}, 0, nullptr, nullptr, &room};
+  Step s{B, T, D, slots, nullptr, pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}, 0, nullptr, nullptr, &room};
   check(forms, s);
+  const Trim trim;
+  s.x = grow(room.x, B * T * D);
   const int64_t n = wanted.size(1), *column = wanted.const_data_ptr<int64_t>();
   for (int64_t i = 0; columns && i < B * n; i++) TORCH_CHECK_INDEX(column[i] >= 0 && column[i] < T, "token ", column[i], " of ", T);
   const Tensor logits = make(aoti_torch_dtype_float32(), {B, n, V}, {n * V, V, 1});
@@ -448,13 +456,10 @@ Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, con
       attention_half(*w, s);
       feed_forward_half(*w, s);
     }
-    if (columns) {
-      room.y.resize(B * n * D);
-      for (int64_t i = 0; i < B * n; i++) std::copy_n(s.x + (i / n * T + column[i]) * D, D, room.y.data() + i * D);
-    }
-    unembed(e, columns ? room.y.data() : s.x, B * n, to, room, team);
+    bfloat16* const chosen = columns ? grow(room.y, B * n * D) : s.x;
+    for (int64_t i = 0; columns && i < B * n; i++) std::copy_n(s.x + (i / n * T + column[i]) * D, D, chosen + i * D);
+    unembed(e, chosen, B * n, to, room, team);
   });
-  room.trim();
   return logits;
 }
 

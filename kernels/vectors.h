@@ -49,7 +49,7 @@ inline float sum(floats v) {
 // e^x for x <= 0: 2^n e^f with |f| <= ln 2 / 2, the latter by its series; 2e-7 off at most.
 inline floats exponential(floats x) {
   const floats lowest = floats{} - 87.0f;
-  x = x > lowest ? x : lowest;                                                       // -inf as well
+  x = x < lowest ? lowest : x;                                                       // -inf as well; NaN stays what it is
   const ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
   const floats whole = __builtin_convertvector(n, floats);
   const floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -64,7 +64,7 @@ inline floats exponential(floats x) {
 inline floats soft_cap(floats x, float cap) {
   const floats size = x < 0 ? -x : x, t = exponential(size * (-2 / cap));
   const floats y = (1.0f - t) / (1.0f + t) * cap;
-  return x < 0 ? -y : y;
+  return x < 0 ? -y : y;                         // NaN: itself
 }
 
 // Lanes i and i ^ STEP of two vectors, joined: a's where i has not the bit STEP, else b's.
