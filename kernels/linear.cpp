@@ -54,9 +54,8 @@ constexpr int64_t DIRECT = 32;                  // up to so many rows unpack wei
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
 // Bytes that are asked for before they are needed. The first cache has few requests open at a time, and what floods it holds up
-// what is multiplied now, by a fifth of a step of bfloat16: so ask the second. One row of 4 bits, which has time enough between
-// two lines, is a tenth faster from the first, and asks so that what is read once pushes less out of the others.
-template <class W, int R> constexpr int LEVEL = R == 1 && W::HALF == 64 ? 0 : 2;      // 0: the first, for one use
+// what is multiplied now, by a fifth of a step of bfloat16: so ask the second.
+constexpr int SECOND = 2;                       // __builtin_prefetch's name for it
 template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? 2048 : 4096;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -153,7 +152,7 @@ template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, LEVEL<W, R>);
+    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, SECOND);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -198,10 +197,9 @@ struct Groups {
     if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
     return load16(scale16 + at);
   }
-  template <int LEVEL> inline void fetch(int64_t i) const {       // these are streams beside the weights': ask for them too
-    i += LEVEL == 2 ? 4 : 16;
-    if (scale16) __builtin_prefetch(scale16 + i * PANEL, 0, LEVEL);
-    if (offset) __builtin_prefetch(offset + i * (nibbles ? PANEL / 2 : PANEL), 0, LEVEL);
+  inline void fetch(int64_t i) const {            // these are streams beside the weights': ask for them too
+    if (scale16) __builtin_prefetch(scale16 + (i + 4) * PANEL, 0, SECOND);
+    if (offset) __builtin_prefetch(offset + (i + 4) * (nibbles ? PANEL / 2 : PANEL), 0, SECOND);
   }
   inline ints offsets(int64_t i, int half) const {
     if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
@@ -233,7 +231,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
         const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
-    g.fetch<LEVEL<W, R>>(i);
+    g.fetch(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
       const floats scale = g.scales(i * PANEL + half * 16);
@@ -268,7 +266,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
       for (int h = 0; h < H && g.offset; h++)
         if (INT4 && g.nibbles) plus[h] = g.quad(i, first + h);
         else offset[h] = (__m512i)g.offsets(i, first + h);
-      if (first == 0) g.fetch<LEVEL<W, R>>(i);
+      if (first == 0) g.fetch(i);
       const auto block = [&](auto units) {
         __m512i dot[R][H];
 #pragma GCC unroll 12
@@ -281,7 +279,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
-          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, LEVEL<W, R>);
+          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, SECOND);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
             __m512i values[H];
