@@ -95,7 +95,7 @@ def pack_part(model: Transformer, part: nn.Module):
         block.both_halves = multiplies(block.feed_forward)
         block.form, block.held = form_of(block, model.ropes, model.args.layer_ropes[i], model.args.layer_windows[i])
         block.__class__ = OneCall               # the same weights, another way through them
-    whole = len(fitting) == len(model.layers) and all(block.both_halves for block in model.layers) and known_ends(model)
+    whole = 0 < len(fitting) == len(model.layers) and all(block.both_halves for block in model.layers) and known_ends(model)
     model.step = WholeStep(model) if whole else None
     for i in fitting:
         model.layers[i].attention.cache.place = model.layers[i].form[0, -PLACE:]

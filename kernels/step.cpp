@@ -276,7 +276,7 @@ thread_local Room own;
 struct Trim {
   ~Trim() {
     for (auto* v : {&own.x, &own.normed, &own.made, &own.y})
-      if (v->capacity() > 1 << 22) std::vector<bfloat16>().swap(*v);
+      if (v->capacity() > 1 << 23) std::vector<bfloat16>().swap(*v);
   }
 };
 
