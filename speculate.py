@@ -59,8 +59,8 @@ class SpeculativeSteps(NamedTuple):
 
 
 def compile_speculation(model: Transformer | None = None, draft_model: Transformer | None = None) -> SpeculativeSteps:
-    """As generate.compile_steps; a model without a draft one guesses from the text. k is a tensor's dimension, hence symbolic: one graph of verify serves all k,
-    two of draft its one or two tokens, and how many guesses are accepted is data."""
+    """As generate.compile_steps; a model alone guesses from the text. k is a tensor's dimension, hence symbolic: one graph
+    of verify serves all k, two of draft its one or two tokens, and how many guesses are accepted is data."""
     guesses = draft_model is not None or model is None
     return SpeculativeSteps(compile_step(draft) if guesses and not one_call(draft_model) else draft,
                             verify if one_call(model) else compile_step(verify))

@@ -4,7 +4,7 @@ What it is: `available` builds and loads the operators, `pack` lays weights out,
 `rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_part` puts a model on
 them, block by block. What it is not: a quantizer; int8 and int4 values come from quantize.py. Without a C++ compiler nothing
 breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that; CPU_KERNELS=weight_only leaves
-activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs blocks in one call, is what to read next.
+activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs a whole step in one call, is what to read next.
 """
 import hashlib
 import math

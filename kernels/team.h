@@ -3,8 +3,8 @@
 // What it is: `share`, by which threads take parts of what is left until nothing is, and `Team`, which keeps them awake and
 // looking for the next such work while one of them does what lies between. Opening a parallel region for each costs 2 to 4
 // microseconds, a small model's product as much; a word between two awake threads a tenth of that. A team's thread that comes
-// late to a work, because another program holds it up, is not waited for there. What it is not: threads of our own. They are PyTorch's, as
-// many as torch.set_num_threads says, and outside a team each work is a parallel region.
+// late to a work, because another program holds it up, is not waited for there. What it is not: threads of our own. They are
+// PyTorch's, as many as torch.set_num_threads says, and outside a team each work is a parallel region.
 #pragma once
 #include <ATen/Parallel.h>
 
