@@ -166,7 +166,7 @@ if triton is not None:
             y = gate * tl.sigmoid(1.702 * gate) * (up + 1)
         return y
 
-    @triton.autotune(SHAPES[:1] if INTERPRETED else SHAPES, key=["N", "K", "BITS", "GROUP", "ACT"], do_bench=seconds,
+    @triton.autotune(SHAPES[:1] if INTERPRETED else SHAPES, key=["N", "K", "BITS", "GROUP", "ACT", "BLOCK_M"], do_bench=seconds,
                      cache_results=True)
     @triton.jit
     def multiply(x, w, scales, zeros, bias, gain, residual, y, parts, counters, M, N, K, G, eps, alpha, BITS: tl.constexpr,

@@ -55,10 +55,12 @@ constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Bytes that are asked for before they are needed. The first cache has few requests open at a time, and what floods it holds up
-// what is multiplied now, by a fifth of a step of bfloat16: so ask the second.
-constexpr int SECOND = 2;                       // __builtin_prefetch's name for it
-template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? 2048 : 4096;
+// Bytes that are asked for before they are needed, by which cache: __builtin_prefetch's names for the first and the second. The
+// first has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so
+// ask the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
+constexpr int64_t FAR = 4096;
+template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? FAR / 2 : FAR;
+template <class W, int R> constexpr int CACHE = R <= 2 && W::HALF == 64 ? 3 : 2;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, SECOND);
+    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, CACHE<W, R>);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -194,14 +196,15 @@ struct Groups {
   bool nibbles;
   const float* x_sum;
   const Rounding* rounding;
+  int64_t ahead;                      // groups that lie as far ahead as the weights that are asked for
 
   inline floats scales(int64_t at) const {
     if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
     return load16(scale16 + at);
   }
-  inline void fetch(int64_t i) const {            // these are streams beside the weights': ask for them too
-    if (scale16) __builtin_prefetch(scale16 + (i + 4) * PANEL, 0, SECOND);
-    if (offset) __builtin_prefetch(offset + (i + 4) * (nibbles ? PANEL / 2 : PANEL), 0, SECOND);
+  template <int CACHE> inline void fetch(int64_t i) const {         // these are streams beside the weights': ask for them too
+    if (scale16) __builtin_prefetch(scale16 + (i + ahead) * PANEL, 0, CACHE);
+    if (offset) __builtin_prefetch(offset + (i + ahead) * (nibbles ? PANEL / 2 : PANEL), 0, CACHE);
   }
   inline ints offsets(int64_t i, int half) const {
     if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
@@ -233,7 +236,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
         const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
-    g.fetch(i);
+    g.fetch<CACHE<W, R>>(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
       const floats scale = g.scales(i * PANEL + half * 16);
@@ -268,7 +271,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
       for (int h = 0; h < H && g.offset; h++)
         if (INT4 && g.nibbles) plus[h] = g.quad(i, first + h);
         else offset[h] = (__m512i)g.offsets(i, first + h);
-      if (first == 0) g.fetch(i);
+      if (first == 0) g.fetch<CACHE<W, R>>(i);
       const auto block = [&](auto units) {
         __m512i dot[R][H];
 #pragma GCC unroll 12
@@ -281,7 +284,7 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
-          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, SECOND);
+          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, CACHE<W, R>);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
             __m512i values[H];
@@ -398,6 +401,7 @@ void panel(const Product& p, int64_t index, Scratch& s) {
   const uint8_t* w = (const uint8_t*)weight.w + index * units * 2 * W::HALF;
   const int64_t at = index * count * PANEL;
   Groups g{count, p.group ? p.group / UNIT : units, units};
+  g.ahead = std::max<int64_t>(1, FAR / (g.units * 2 * W::HALF));
   if (weight.scales && weight.scale_type == (int64_t)at::kHalf) {
     s.scale.resize(count * PANEL);
     std::copy_n((const at::Half*)weight.scales + at, count * PANEL, s.scale.data());

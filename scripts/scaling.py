@@ -30,15 +30,19 @@ CONTEXTS = (128, 512, 2048, 8192, 32768)
 BEYOND = ((8.03e9, "Llama-3.1-8B"), (70.6e9, "Llama-3.1-70B"))        # weights a token, for the modelled rows
 
 
-def median_step(model, rows: int, filled: int, steps: int, rounds: int) -> tuple[float, float]:
-    """Seconds of a step, and bytes a second that were probed around it."""
-    work, times, probes = decode_work(model, EAGER, rows, filled, steps, filled + steps), [], []
-    work()
+def median_steps(model, cases: list[tuple[int, int, int]], rounds: int) -> list[tuple[float, float]]:
+    """cases: (rows, tokens behind, steps a round). For each, seconds of a step, and bytes a second that were probed around
+    it. They take turns, so that all see the same minutes."""
+    works = [decode_work(model, EAGER, rows, filled, steps, filled + steps) for rows, filled, steps in cases]
+    times, probes = [[] for _ in cases], [[] for _ in cases]
+    for work in works:
+        work()
     for _ in range(rounds):
-        probes.append(probe_bandwidth(model.norm.weight.device, repeats=2))
-        times.append(seconds(work) / steps)
+        for (_, _, steps), work, taken, probed in zip(cases, works, times, probes):
+            probed.append(probe_bandwidth(model.norm.weight.device, repeats=2))
+            taken.append(seconds(work) / steps)
     model.drop_caches()
-    return statistics.median(times), statistics.median(probes)
+    return [(statistics.median(taken), statistics.median(probed)) for taken, probed in zip(times, probes)]
 
 
 def cache_bytes(model, tokens: int) -> int:
@@ -54,22 +58,20 @@ def measure(o: argparse.Namespace) -> dict:
     found = {"precision": [], "batch": {}, "context": [], "size": []}
     for mode in MODES:
         model = random_model(str(ROOT / f"scripts/shapes/{o.shape}.json"), device, dtype, mode)
-        found["batch"][mode] = []
-        for rows in BATCHES:
-            step, probe = median_step(model, rows, 100, max(2, o.steps // rows), o.rounds)
-            found["batch"][mode].append((rows, rows / step, step, probe))
-            say(f"{o.shape} {MODES[mode]}, {rows} rows: {rows / step:.1f} tok/s at {probe / 1e9:.0f} GB/s")
+        steps = median_steps(model, [(rows, 100, max(2, o.steps // rows)) for rows in BATCHES], o.rounds)
+        found["batch"][mode] = [(rows, rows / step, step, probe) for rows, (step, probe) in zip(BATCHES, steps)]
+        say(f"{o.shape} {MODES[mode]}: {', '.join(f'{speed:.1f}' for _, speed, *_ in found['batch'][mode])} tok/s")
         prefill = statistics.median(seconds(lambda: run_prefill(model, EAGER, [[1] * 512])) for _ in range(o.rounds))
         _, speed, step, probe = found["batch"][mode][0]
         found["precision"].append((mode, bytes_per_token(model), speed, bytes_per_token(model) / step / probe, 512 / prefill, probe))
         if not mode:
-            for filled in (c for c in CONTEXTS if c <= o.longest):
-                step, probe = median_step(model, 1, filled - o.steps, o.steps, o.rounds)
+            contexts = [c for c in CONTEXTS if c <= o.longest]
+            for filled, (step, probe) in zip(contexts, median_steps(model, [(1, c - o.steps, o.steps) for c in contexts], o.rounds)):
                 found["context"].append((filled, step, probe, bytes_per_token(model), cache_bytes(model, filled)))
                 say(f"{o.shape}, {filled} tokens behind: {1e3 * step:.1f} ms")
     for shape in o.shapes:
         model = random_model(str(ROOT / f"scripts/shapes/{shape}.json"), device, dtype)
-        step, probe = median_step(model, 1, 100, o.steps, o.rounds)
+        [(step, probe)] = median_steps(model, [(1, 100, o.steps)], o.rounds)
         found["size"].append((shape, bytes_per_token(model), step, probe))
         say(f"{shape}: {1 / step:.1f} tok/s")
     return found
