@@ -55,9 +55,9 @@ constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Bytes that are asked for before they are needed, by which cache: __builtin_prefetch's names for the first and the second. The
-// first has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so
-// ask the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
+// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it). The first has few
+// requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so ask the
+// second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
 constexpr int64_t FAR = 4096;
 template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? FAR / 2 : FAR;
 template <class W, int R> constexpr int CACHE = R <= 2 && W::HALF == 64 ? 3 : 2;
@@ -545,12 +545,12 @@ at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block
   const at::Tensor out = at::empty({M * K}, at::kChar);
   int32_t* quads = (int32_t*)out.data_ptr();
   rounding.resize(M * count);
-  share(team, M, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
-      for (int64_t k = 0; k < K; k += step)
-        round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
-                     rounding.data() + first * count + k / BLOCK * rows + r);
+  const int64_t steps = (K + step - 1) / step;
+  share(team, M * steps, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t m = i / steps, k = i % steps * step, first = m / block * block, rows = std::min(block, M - first), r = m - first;
+      round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
+                   rounding.data() + first * count + k / BLOCK * rows + r);
     }
   });
   return out;

@@ -59,7 +59,7 @@ inline void store16(at::BFloat16* p, floats v) {
 
 // f(row) for all of them, by threads where there is work enough.
 template <class F> void by_row(Team* team, int64_t rows, int64_t width, const F& f) {
-  share(team, rows, 1 + 65536 / width, [&](int64_t begin, int64_t end) {
+  share(team, rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) f(r);
   });
 }
@@ -164,17 +164,25 @@ Tensor argmax(const Tensor& input) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1), strides(sizes.size(), 1);
   for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * sizes[i + 1];
   const Tensor out = make(aoti_torch_dtype_int64(), sizes, strides);
-  for (int64_t b = 0; b < B; b++) {
-    const float* row = x.const_data_ptr<float>() + b * V;
+  constexpr int64_t SOME = 4096;      // only where the largest is are places looked at
+  const auto largest_of = [](const float* row, int64_t n) {
     floats most = floats{} - std::numeric_limits<float>::infinity();
     int64_t i = 0;
-    for (; i + LANES <= V; i += LANES) {
+    for (; i + LANES <= n; i += LANES) {
       const floats v = load16(row + i);
       most = v > most ? v : most;
     }
     float largest = *std::max_element((float*)&most, (float*)&most + LANES);
-    for (; i < V; i++) largest = std::max(largest, row[i]);
-    out.mutable_data_ptr<int64_t>()[b] = std::min<int64_t>(std::find(row, row + V, largest) - row, V - 1);      // nothing but NaN
+    for (; i < n; i++) largest = std::max(largest, row[i]);
+    return largest;
+  };
+  for (int64_t b = 0; b < B; b++) {
+    const float* row = x.const_data_ptr<float>() + b * V;
+    float largest = -std::numeric_limits<float>::infinity();
+    int64_t first = 0;
+    for (int64_t i = 0; i < V; i += SOME)
+      if (const float here = largest_of(row + i, std::min(SOME, V - i)); here > largest) largest = here, first = i;
+    out.mutable_data_ptr<int64_t>()[b] = std::min<int64_t>(std::find(row + first, row + V, largest) - row, V - 1);  // nothing but NaN
   }
   return out;
 }
@@ -256,14 +264,17 @@ inline floats sigmoid(floats x) {
   return (x < 0 ? t : floats{} + 1.0f) / (1.0f + t);
 }
 
-// h [2F], gate | up -> y [F]; the activation is rounded before it multiplies.
-void gate_row(const bfloat16* h, int64_t F, bool silu, bfloat16* y) {
-  for (int64_t i = 0; i < F; i += LANES) {            // F is a multiple of LANES
-    const floats x = load16(h + i);
-    const floats u = silu ? x : (x + 0.044715f * x * x * x) * 1.5957691216f;         // (1 + tanh(u / 2)) / 2 = sigmoid(u)
-    store16(y + i, x * sigmoid(u));
-    store16(y + i, load16(y + i) * load16(h + F + i));
-  }
+// h [n, 2F], gate | up -> y [n, F]; the activation is rounded before it multiplies.
+void gate(const bfloat16* h, int64_t n, int64_t F, bool silu, bfloat16* y, Team* team) {
+  share(team, n * F / LANES, 4096 / LANES, [&](int64_t begin, int64_t end) {              // F is a multiple of LANES
+    for (int64_t i = begin * LANES; i < end * LANES; i += LANES) {
+      const bfloat16* const row = h + i / F * F;      // from there h lies as far behind as y
+      const floats x = load16(row + i);
+      const floats u = silu ? x : (x + 0.044715f * x * x * x) * 1.5957691216f;       // (1 + tanh(u / 2)) / 2 = sigmoid(u)
+      store16(y + i, x * sigmoid(u));
+      store16(y + i, load16(y + i) * load16(row + F + i));
+    }
+  });
 }
 
 // What lies between the products, of the thread that called.
@@ -328,7 +339,7 @@ void feed_forward_half(const Block& w, const Step& s) {
   const int64_t n = s.B * s.T, F = w.w13.N / 2;
   const bfloat16* const h = multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
   bfloat16* const y = grow(s.room->y, n * F);
-  by_row(s.team, n, F, [&](int64_t r) { gate_row(h + r * 2 * F, F, w.activation == 1, y + r * F); });
+  gate(h, n, F, w.activation == 1, y, s.team);
   add(w.post_ffn_norm, multiply(w.w2, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
 }
 

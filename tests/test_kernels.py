@@ -185,9 +185,9 @@ def test_new_entries_in_one_call(dtype, step):
 
 
 def test_argmax_is_the_first_of_the_largest(step):
-    for V in (5, 64, 1003):
+    for V in (5, 64, 1003, 10007):
         x = torch.randint(-9, 9, (4, V)).float()
-        x[1], x[2, V // 2:] = -torch.inf, torch.inf
+        x[1], x[2, V // 2:], x[3, -1] = -torch.inf, torch.inf, 10
         assert cpu.argmax(x).tolist() == x.argmax(-1).tolist() == [row.index(max(row)) for row in x.tolist()]
         assert cpu.argmax(x.t()).tolist() == x.argmax(0).tolist()
         assert torch.equal(cpu.argmax(x.view(2, 2, V)), x.argmax(-1).view(2, 2))
