@@ -55,11 +55,12 @@ constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it). The first has few
-// requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so ask the
-// second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
+// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it), as measured. The first
+// has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so ask
+// the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
+// The more is multiplied, the farther ahead is better; but for the second cache not a page, whose lines have the same lower bits.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD = R <= 2 && W::HALF > 64 ? FAR / 2 : FAR;
+template <class W, int R> constexpr int64_t AHEAD = R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : W::HALF == 64 ? FAR : R <= 2 ? FAR / 2 : FAR / 4;
 template <class W, int R> constexpr int CACHE = R <= 2 && W::HALF == 64 ? 3 : 2;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -258,7 +259,7 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 // Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
 template <class W, int R>
 void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
-  constexpr int H = W::HALF == 64 && R > 7 ? 1 : 2, AT_ONCE = H * W::HALF;
+  constexpr int H = W::HALF == 64 && R > 5 ? 1 : 2, AT_ONCE = H * W::HALF;
   constexpr bool INT4 = std::is_same_v<W, Int4>;
   for (int first = 0; first < 2; first += H) {
     const uint8_t* unit = w + first * W::HALF;
