@@ -15,7 +15,8 @@
 // own (llama.cpp: 32); what is lost is measured in the README.
 // Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
 // nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16], low and high halves. x comes as
-// blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2], so that reading it is one stream too.
+// blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2], so that reading it is one stream
+// too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -55,12 +56,13 @@ constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it), as measured. The first
-// has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16: so ask
-// the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the first.
-// The more is multiplied, the farther ahead is better; but for the second cache not a page, whose lines have the same lower bits.
+// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it), as measured. The
+// first has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16:
+// so ask the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the
+// first. The more is multiplied, the farther ahead is better; but a page ahead, of the second, is worse than either side of it.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD = R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : W::HALF == 64 ? FAR : R <= 2 ? FAR / 2 : FAR / 4;
+template <class W, int R> constexpr int64_t AHEAD =
+    R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : W::HALF == 64 ? FAR : R <= 2 ? FAR / 2 : FAR / 4;
 template <class W, int R> constexpr int CACHE = R <= 2 && W::HALF == 64 ? 3 : 2;
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -429,7 +431,8 @@ void panel(const Product& p, int64_t index, Scratch& s) {
         const Groups plain{1, n, n};
         if constexpr (std::is_same_v<X, at::BFloat16>)
           if (once) {
-            multiply_rows<Bfloat16, X>(rows, std::make_integer_sequence<int, most_rows<W, X>(true)>(), (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
+            multiply_rows<Bfloat16, X>(rows, std::make_integer_sequence<int, most_rows<W, X>(true)>(),
+                                       (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
             continue;
           }
         multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
@@ -549,7 +552,8 @@ at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block
   const int64_t steps = (K + step - 1) / step;
   share(team, M * steps, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const int64_t m = i / steps, k = i % steps * step, first = m / block * block, rows = std::min(block, M - first), r = m - first;
+      const int64_t m = i / steps, k = i % steps * step;
+      const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
       round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
                    rounding.data() + first * count + k / BLOCK * rows + r);
     }

@@ -182,7 +182,8 @@ Tensor argmax(const Tensor& input) {
     int64_t first = 0;
     for (int64_t i = 0; i < V; i += SOME)
       if (const float here = largest_of(row + i, std::min(SOME, V - i)); here > largest) largest = here, first = i;
-    out.mutable_data_ptr<int64_t>()[b] = std::min<int64_t>(std::find(row + first, row + V, largest) - row, V - 1);  // nothing but NaN
+    const int64_t place = std::find(row + first, row + V, largest) - row;
+    out.mutable_data_ptr<int64_t>()[b] = std::min(place, V - 1);          // V: there is nothing but NaN
   }
   return out;
 }
