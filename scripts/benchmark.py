@@ -18,11 +18,13 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # as in generate.py
 
 import torch  # noqa: E402
 

@@ -10,10 +10,12 @@ What it is not: a comparison with others; that is `benchmark.py --against`.
 import argparse
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # as in generate.py
 
 import torch  # noqa: E402
 
@@ -168,16 +170,19 @@ def plots(found: dict) -> dict[str, str]:
 def main() -> int:
     p = argparse.ArgumentParser(description="How cost grows with precision, batch, context and size.", allow_abbrev=False)
     p.add_argument("--out", type=Path, default=ROOT / "scaling/README.md", help="the page; plots go beside it")
-    p.add_argument("--shape", default="llama-3.2-1b", help="of scripts/shapes")
-    p.add_argument("--shapes", nargs="*", default=SHAPES, help="for the table of sizes")
+    shapes = sorted(path.stem for path in (ROOT / "scripts/shapes").glob("*.json"))
+    p.add_argument("--shape", default="llama-3.2-1b", choices=shapes, metavar="SHAPE", help="of scripts/shapes")
+    p.add_argument("--shapes", nargs="+", default=SHAPES, choices=shapes, metavar="SHAPE", help="for the table of sizes")
     p.add_argument("--device", default="auto")
     p.add_argument("--steps", type=positive, default=16, help="steps a round")
     p.add_argument("--rounds", type=positive, default=5)
     p.add_argument("--longest", type=int, default=32768, choices=CONTEXTS, help="longest context to measure")
     o = p.parse_args()
+    if o.steps > CONTEXTS[0]:
+        p.error(f"argument --steps: {o.steps} steps do not fit into the shortest context, {CONTEXTS[0]} tokens")
     try:
+        o.out.parent.mkdir(parents=True, exist_ok=True)         # what cannot be written is told before minutes are spent
         found = measure(o)
-        o.out.parent.mkdir(parents=True, exist_ok=True)
         o.out.write_text(page(o, found))
         for name, svg in plots(found).items():
             (o.out.parent / name).write_text(svg)

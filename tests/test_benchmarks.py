@@ -137,6 +137,20 @@ def test_the_scaling_page(tmp_path):
         assert numbers and all(0 < n < 640 for n in numbers)
 
 
+@pytest.mark.parametrize("wrong, said", [
+    (("--shape", "nope"), "argument --shape: invalid choice: 'nope'"), (("--shapes", "stories15m", "nope"), "argument --shapes: "),
+    (("--steps", 200), "200 steps do not fit"), (("--rounds", 0), "argument --rounds: ")])
+def test_the_scaling_page_says_what_is_wrong(wrong, said):
+    done = run("scripts/scaling.py", *wrong, code=2)
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("scripts/scaling.py", "--out", tmp_path / "file/page.md", code=1)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 # ---- mixtral-moe -------------------------------------------------------------------------------------------
 
 def test_what_fits_where():

@@ -257,9 +257,10 @@ def test_who_answers_one_prompt_is_in_a_hurry(flags, hurries, monkeypatch):
     assert cli.load(cli.parser().parse_args(flags.split()), {}) == hurries
 
 
-@pytest.mark.parametrize("script", ["generate.py", "quantize.py", "eval.py"])
+@pytest.mark.parametrize("script", ["generate.py", "quantize.py", "eval.py", "scripts/benchmark.py", "scripts/scaling.py"])
 def test_nothing_is_said_about_numpy(script):
     """PyTorch warns on import where there is none, as in a fresh environment: the first thing a newcomer would read."""
-    code = f"import runpy, sys; sys.modules['numpy'] = None; sys.argv = ['{script}', '--help']; runpy.run_path('{script}', run_name='__main__')"
+    code = f"import runpy, sys; sys.modules['numpy'] = None; sys.argv = ['{script}', '--help']; " \
+           f"sys.path.insert(0, '{(ROOT / script).parent}'); runpy.run_path('{script}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
