@@ -72,9 +72,8 @@ class QuantizedLinear(nn.Module):
         added to the values before scaling, int8 [..., G] or None."""
         if self.path == "kernel":
             index = torch.arange(self.out_features, device=self.packed.device)[ids] if isinstance(ids, slice) else ids
-            codes = cpu.rows(self.packed, index, self.out_features, self.bits)
-            groups = [None if t is None else cpu.group_rows(t, index, self.out_features)
-                      for t in (self.packed_scales, self.packed_offsets)]
+            packed = (self.packed, self.packed_scales, self.packed_offsets)
+            codes, *groups = cpu.scaled_rows(packed, index, *self.kernel_shape())
         else:
             codes, groups = self.unpack(self.weight[ids]), [self.scales[ids], None]
             if self.zeros is not None:
@@ -131,22 +130,24 @@ class QuantizedLinear(nn.Module):
     def kernel_kind(self) -> int:
         return self.bits
 
+    def kernel_shape(self) -> tuple[int, int, int, int]:
+        return self.out_features, self.in_features, self.bits, self.kernel_group()
+
     def pack_for_kernel(self):
         _, scales, offsets = self.numbers()
-        self.packed = cpu.pack(self.unpack(self.weight)[:, :self.in_features], self.bits)
-        self.packed_scales = cpu.pack_groups(scales)
-        self.packed_offsets = None if offsets is None else cpu.pack_offsets(offsets, self.bits)
+        self.packed, self.packed_scales, self.packed_offsets = cpu.pack_scaled(
+            self.unpack(self.weight)[:, :self.in_features], scales, offsets, self.bits, self.kernel_group())
         self.weight = self.scales = self.zeros = None
         self.path = "kernel"
 
     def unpack_from_kernel(self):
         """Back to the buffers as on disk, so that another device can pack them."""
         if self.path == "kernel":
-            every = torch.arange(self.out_features)
-            codes = cpu.rows(self.packed, every, self.out_features, self.bits)[:, :self.in_features]
-            _, scales, offsets = self.numbers()
-            self.weight, self.scales = self.store(codes), scales.contiguous()
-            self.zeros = None if offsets is None else (self.centre - offsets.to(torch.int16)).to(self.stored_dtype)
+            packed = (self.packed, self.packed_scales, self.packed_offsets)
+            codes, scales, offsets = cpu.scaled_rows(packed, torch.arange(self.out_features), *self.kernel_shape())
+            self.weight, self.scales = self.store(codes[:, :self.in_features]), scales.contiguous()
+            plain = offsets is None or not offsets.any()                             # the kernel's heads always have some
+            self.zeros = None if plain else (self.centre - offsets.to(torch.int16)).to(self.stored_dtype)
             self.packed = self.packed_scales = self.packed_offsets = None
             self.path = "plain"
 

@@ -13,7 +13,7 @@ struct Matrix {
   const void *w, *scales;
   int64_t scale_type;                 // at::ScalarType
   const void* offsets;
-  int64_t nibbles;                    // what the offsets are
+  int64_t headed;                     // scales and offsets lie among the weights
   const at::BFloat16* bias;
 };
 

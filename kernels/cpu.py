@@ -39,6 +39,7 @@ FP4 = 40                                # `bits` of 4-bit floats, which lie as i
 LARGE_PAGE = 2 << 20
 HURRY = {}                              # not empty: a program in a hurry, and what it has seen
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
+LEAST_SCALE = 0x3000                    # bits of the smallest bfloat16 that a head holds, as in linear.cpp
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -151,15 +152,25 @@ def padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
+def pack(values: Tensor, bits: int, group: int = 0, heads: Tensor | None = None) -> Tensor:
     """Weights [N, K] as the kernel reads them: bfloat16, int8, or for 4 bits uint8 0 ... 15. N is padded to a
-    multiple of 32 and K to one of 8; what is there multiplies zeros."""
+    multiple of 32 and K to one of 8; what is there multiplies zeros. heads: what stands before each group's."""
     N, K = values.shape
     full = values.contiguous() if N % PANEL == K % UNIT == 0 else \
         F.pad(values, (0, padded(K, UNIT) - K, 0, padded(N, PANEL) - N))
-    out = in_large_pages(full.numel() * bits // 8)
-    torch.ops.cpu_bfloat16.pack(full, out, bits)
+    out = in_large_pages(full.numel() * bits // 8 + (0 if heads is None else heads.numel()))
+    torch.ops.cpu_bfloat16.pack(full, out, bits, group, heads)
     return out.view(values.dtype) if bits == 16 else out
+
+
+def pack_scaled(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group: int) -> tuple[Tensor, ...]:
+    """Values [N, K], scales [N, G] and int8 offsets [N, G] or None as the kernel reads them. Of 4 bits the first of the three
+    has it all, in its heads, and None stands for the others; unless they do not fit."""
+    if bits == 8 or offsets is not None and (offsets.amin() < -7 or offsets.amax() > 8):
+        return pack(values, bits), pack_groups(scales), None if offsets is None else pack_groups(offsets)
+    codes = scales.view(torch.int16) - LEAST_SCALE if scales.dtype == torch.bfloat16 else torch.full(scales.shape, -1)
+    fit = codes.amin() >= 0 and codes.amax() <= 0xfff
+    return pack(values, bits, group, pack_heads(codes, offsets)), None if fit else pack_groups(scales), None
 
 
 def in_large_pages(nbytes: int) -> Tensor:
@@ -196,12 +207,13 @@ def pack_groups(numbers: Tensor) -> Tensor:
     return F.pad(numbers, (0, 0, 0, padded(N, PANEL) - N)).view(-1, PANEL, G).transpose(1, 2).reshape(-1)
 
 
-def pack_offsets(offsets: Tensor, bits: int) -> Tensor:
-    """int8 [N, G], of nibbles themselves as nibbles, uint8, where they are -7 ... 8: 0.1 bit a weight less to read."""
-    if bits == 8 or offsets.amin() < -7 or offsets.amax() > 8:
-        return pack_groups(offsets)
-    low, high = pack_groups(8 - offsets).view(torch.uint8).view(-1, 2, PANEL // 2).unbind(1)
-    return (low | high << 4).flatten()
+def pack_heads(codes: Tensor, offsets: Tensor | None) -> Tensor:
+    """Scales as 12-bit numbers and offsets of nibbles or None, [N, G] -> [panels, G, 64] as linear.cpp says."""
+    def halves(numbers):                                                             # [N, G] -> [panels, G, 2, 16]
+        return pack_groups(numbers.to(torch.uint8)).view(-1, numbers.shape[1], 2, PANEL // 2)
+    low, high = halves(codes & 255), halves(codes >> 8 & 15)
+    offset = halves(torch.full(codes.shape, 7) if offsets is None else offsets + 7)
+    return torch.cat([low.flatten(2), *(four[:, :, 0] | four[:, :, 1] << 4 for four in (high, offset))], 2)
 
 
 def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
@@ -209,9 +221,7 @@ def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
     panel, half, output = index // PANEL, index % PANEL // 16, index % 16
     panels = padded(N, PANEL) // PANEL
     if bits == 4:
-        lanes = packed.view(torch.int16).view(panels, -1, 2, 16, 2)[panel, :, half, output]     # [..., units, 2]
-        nibbles = torch.stack([lanes >> shift & 15 for shift in (0, 4, 8, 12)], -2)  # [..., units, 4, 2]
-        return nibbles.flatten(-3).to(torch.int8)
+        return nibbles(packed.view(torch.int32).view(panels, -1, 2, 16)[panel, :, half, output])
     if bits == 8:
         quads = packed.view(panels, -1, 2, 2, 16, 2, 2)[panel, :, half, :, output]     # [..., units, quad, 2, 2]
         found = (quads ^ 128).view(torch.int8).movedim(-1, -3).flatten(-3, -2)
@@ -220,12 +230,33 @@ def rows(packed: Tensor, index: Tensor, N: int, bits: int) -> Tensor:
     return found.flatten(-3)                                                         # [..., units * 4 * 2]
 
 
+def nibbles(words: Tensor) -> Tensor:
+    """A unit of an output is one int32: [..., units] -> int8 [..., K padded]."""
+    return torch.stack([words >> shift & 15 for shift in (0, 16, 4, 20, 8, 24, 12, 28)], -1).flatten(-2).to(torch.int8)
+
+
 def group_rows(packed: Tensor, index: Tensor, N: int) -> Tensor:
     """Rows `index` [...] of packed scales or offsets, [..., G]."""
-    if packed.dtype == torch.uint8:
-        found = packed.view(padded(N, PANEL) // PANEL, -1, PANEL // 2)[index // PANEL, :, index % (PANEL // 2)]
-        return 8 - (found >> (index % PANEL // (PANEL // 2) * 4)[..., None] & 15).to(torch.int8)
     return packed.view(padded(N, PANEL) // PANEL, -1, PANEL)[index // PANEL, :, index % PANEL]
+
+
+def scaled_rows(packed: tuple[Tensor, ...], index: Tensor, N: int, K: int, bits: int, group: int) -> tuple[Tensor, ...]:
+    """Rows `index` [...] of what `pack_scaled` made: values [..., K padded], scales and offsets [..., G], or None."""
+    values, scales, offsets = packed
+    scales, offsets = (None if t is None else group_rows(t, index, N) for t in (scales, offsets))
+    if bits == 8 or offsets is not None:
+        return rows(values, index, N, bits), scales, offsets
+    panel, output, half = index[..., None] // PANEL, index[..., None] % 16, index[..., None] % PANEL // 16
+    panels, units = padded(N, PANEL) // PANEL, padded(K, UNIT) // UNIT
+    each = group // UNIT if group else units                                         # units of a group
+    unit, first = (torch.arange(0, units, step, device=index.device) for step in (1, each))
+    words, octets = values.view(torch.int32).view(panels, -1), values.view(panels, -1)
+    codes = nibbles(words[panel, 16 * (unit // each + 1 + 2 * unit + half) + output])   # heads and half units are 16 words each
+    head = 64 * (first // each + 2 * first)
+    low, high, offset = (octets[panel, head + at].int() for at in (half * 16 + output, 32 + output, 48 + output))
+    if scales is None:
+        scales = ((low | (high >> 4 * half & 15) << 8) + LEAST_SCALE).to(torch.int16).view(torch.bfloat16)
+    return codes, scales, (offset >> 4 * half & 15).to(torch.int8) - 7
 
 
 def linear(x: Tensor, packed: Tensor, scales: Tensor | None, offsets: Tensor | None, N: int, bits: int,

@@ -195,9 +195,9 @@ def matrix(layer: nn.Module | None) -> list:
     N, K = layer.out_features, layer.in_features
     if isinstance(layer, cpu.PackedLinear):
         return [N, K, 16, 0, layer.packed, None, 0, None, 0, layer.bias]
-    offsets = layer.packed_offsets
-    return [N, K, layer.kernel_kind(), layer.kernel_group(), layer.packed, layer.packed_scales, SCALES[layer.packed_scales.dtype],
-            offsets, int(offsets is not None and offsets.dtype == torch.uint8), layer.bias]
+    scales, offsets = layer.packed_scales, layer.packed_offsets
+    return [N, K, layer.kernel_kind(), layer.kernel_group(), layer.packed, scales, 0 if scales is None else SCALES[scales.dtype],
+            offsets, int(layer.bits == 4 and offsets is None), layer.bias]
 
 
 def normed(norm: nn.Module | None) -> list:

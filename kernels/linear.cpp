@@ -13,10 +13,11 @@
 // A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
 // high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 16 inputs by a scale of their
 // own (llama.cpp: 32); what is lost is measured in the README.
-// Scales and offsets: [panel][group][32]. A weight is (value + offset) * scale, where value is the int8, or the
-// nibble less 8. Offsets -7 ... 8 may come as nibbles 8 - offset, [panel][group][16], low and high halves. x comes as
-// blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2], so that reading it is one stream
-// too.
+// A weight is (value + offset) * scale, where value is the int8, or the nibble less 8. Scales and offsets are
+// [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, 12 bits of a bfloat16
+// in two parts, and 16 of offsets -7 ... 8. That is one stream, which the processor itself reads ahead a seventh faster than
+// three. Scales that do not fit are beside it; with offsets that do not there are no heads. x comes as blocks of up to 12 rows
+// (4 where int8 and int4 become floats on the way), [K / 2][rows][2]: one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
 // the compiler's portable vectors.
@@ -51,19 +52,20 @@ constexpr int PANEL = 32, UNIT = 8;
 // blocks.
 template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
-constexpr int NIBBLE_EXCESS = 15;               // what a nibble and its nibble offset, added up, are too large by
+constexpr int64_t HEAD = 64;                    // bytes of a group's scales and offsets, where they lie before its weights
+constexpr uint32_t LEAST_SCALE = 0x3000;        // 2^-31 in bfloat16, the smallest scale of a head; the largest is less than 2
+constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's offset, added up, are too large by
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
-// Bytes that are asked for before they are needed, and by which cache (__builtin_prefetch's name for it), as measured. The
-// first has few requests open at a time, and what floods it holds up what is multiplied now, by a fifth of a step of bfloat16:
-// so ask the second. But one or two rows of 4 bits spend twice the arithmetic on a line, and read a tenth faster by way of the
-// first. The more is multiplied, the farther ahead is better; but a page ahead, of the second, is worse than either side of it.
+// Bytes that are asked for before they are needed, as measured; 0: the processor's own reading ahead is as good, of few bytes
+// for much arithmetic. Only the second cache is asked: the first has few requests open at a time, and what floods it holds up
+// what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD =
-    R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : W::HALF == 64 ? FAR : R <= 2 ? FAR / 2 : FAR / 4;
-template <class W, int R> constexpr int CACHE = R <= 2 && W::HALF == 64 ? 3 : 2;
+template <class W, int R> constexpr int64_t AHEAD = W::HALF == 64 ? (R > 1 ? 2 * FAR : 0) :
+    R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : R <= 2 ? FAR / 2 : FAR / 4;
+inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
 #pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(w + AHEAD<W, R> + line, 0, CACHE<W, R>);
+    for (int line = 0; line < 2 * W::HALF && AHEAD<W, R>; line += 64) fetch(w + AHEAD<W, R> + line);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -189,60 +191,80 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
 // too large.
 struct Rounding { float scale; int32_t zero; };
 
-// What a panel is multiplied with, [groups][32] each: scales in bfloat16 or float (null: 1) and offsets (null: 0).
-// With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
-struct Groups {
+// A panel: its weights, and what they are multiplied with: heads, or [groups][32] each scales in bfloat16 or float (null: 1)
+// and offsets (null: 0). With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
+struct alignas(64) Groups {
   int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
+  const uint8_t* w;                   // the first group's
+  int64_t stride, nbytes;             // from one group's weights to the next one's, or from head to head; a panel's
+  const uint8_t* heads;               // the first one, or null
+  const Rounding* rounding;
   const at::BFloat16* scale16;
   const float* scale;
-  const uint8_t* offset;
-  bool nibbles;
+  const int8_t* offset;
   const float* x_sum;
-  const Rounding* rounding;
   int64_t ahead;                      // groups that lie as far ahead as the weights that are asked for
 
-  inline floats scales(int64_t at) const {
-    if (!scale16) return scale ? read<floats>(scale + at) : floats{} + 1.0f;
-    return load16(scale16 + at);
+  // To the next panel. What that takes is at hand, in the first cache, through which all that is multiplied passes: had it to
+  // be fetched, behind the weights that are under way, nothing would be read meanwhile. (A twentieth of int4's time.)
+  inline void next(int64_t n = 1) {
+    w += n * nbytes;
+    if (heads) heads += n * nbytes;
+    if (scale16) scale16 += n * count * PANEL;
+    if (scale) scale += n * count * PANEL;
+    if (offset) offset += n * count * PANEL;
   }
-  template <int CACHE> inline void fetch(int64_t i) const {         // these are streams beside the weights': ask for them too
-    if (scale16) __builtin_prefetch(scale16 + (i + ahead) * PANEL, 0, CACHE);
-    if (offset) __builtin_prefetch(offset + (i + ahead) * (nibbles ? PANEL / 2 : PANEL), 0, CACHE);
+  inline floats scales(int64_t i, int half) const {
+    const int64_t at = i * PANEL + half * 16;
+    if (scale16) return load16(scale16 + at);
+    if (scale) return read<floats>(scale + at);
+    if (!heads) return floats{} + 1.0f;
+    const uint8_t* head = heads + i * stride;
+    const words low = load_bytes(head + 16 * half) << 16, high = load_bytes(head + 32) << (half ? 20 : 24) & 0xf000000u;
+    return (floats)(low | high | LEAST_SCALE << 16);
   }
+  inline bool offsets() const { return heads || offset; }
   inline ints offsets(int64_t i, int half) const {
-    if (!nibbles) return to_int(read<bytes>(offset + i * PANEL + half * 16));
-    return 8 - (to_int(read<bytes>(offset + i * 16)) >> (half ? 4 : 0) & 15);
+    if (!heads) return to_int(read<bytes>(offset + i * PANEL + half * 16));
+    return (ints)(load_bytes(heads + i * stride + 48) >> 4 * half & 15u) - 7;
+  }
+  // For what lies beside the weights.
+  template <int64_t N> inline __attribute__((always_inline)) void ask(int64_t i) const {
+    if (heads && N) fetch(heads + i * stride + N);
+    if (scale16) fetch(scale16 + (i + ahead) * PANEL);
+    if (offset) fetch(offset + (i + ahead) * PANEL);
   }
 #ifdef BYTE_DOT
-  // Nibble offsets plus 7, which makes them 0 ... 15, four times each: what a quad's bytes grow by.
+  // A head's offsets plus 7, four times each: what a quad's bytes grow by.
   inline __m512i quad(int64_t i, int half) const {
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(offset + i * 16)));
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(heads + i * stride + 48)));
     const __m512i each = _mm512_shuffle_epi8(wide, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    return _mm512_andnot_si512(half ? _mm512_srli_epi16(each, 4) : each, _mm512_set1_epi8(15));
+    return _mm512_and_si512(half ? _mm512_srli_epi16(each, 4) : each, _mm512_set1_epi8(15));
   }
 #endif
 };
 
 // y [R][32] (+)= x [K / 2][R][2] times a panel.
 template <class W, class X, int R>
-void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add) {
+void multiply(const X* x, const Groups& g, float* y, bool add) {
   constexpr int C = R <= 9 ? 2 : 1;      // the same for one row and for what speculation verifies: they get the same bits
   floats total[R][2] = {};
   if (add)
     for (int r = 0; r < R; r++)
       for (int half = 0; half < 2; half++) total[r][half] = read<floats>(y + r * PANEL + half * 16);
-  for (int64_t i = 0; i < g.count; i++, w += g.units * 2 * W::HALF, x += g.units * UNIT * R) {
+  const uint8_t* w = g.w;
+  for (int64_t i = 0; i < g.count; i++, w += g.stride, x += g.units * UNIT * R) {
     const int64_t units = std::min(g.units, g.all - i * g.units);
     floats sum[C][R][2] = {};
-    if (g.offset)
+    if (g.offsets())
       for (int half = 0; half < 2; half++) {
         const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
-    g.fetch<CACHE<W, R>>(i);
+    g.ask<AHEAD<W, R>>(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
-      const floats scale = g.scales(i * PANEL + half * 16);
+      const floats scale = g.scales(i, half);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         floats s = sum[0][r][half];
@@ -260,34 +282,36 @@ void multiply(const uint8_t* w, const X* x, const Groups& g, float* y, bool add)
 // What the bytes are too large by is what a block's sum starts from: zeros give exactly zero, and it costs nothing.
 // Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
 template <class W, int R>
-void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y) {
-  constexpr int H = W::HALF == 64 && R > 5 ? 1 : 2, AT_ONCE = H * W::HALF;
+void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
+  constexpr int H = W::HALF == 64 && R > 5 ? 1 : 2;
   constexpr bool INT4 = std::is_same_v<W, Int4>;
+#pragma GCC unroll 2
   for (int first = 0; first < 2; first += H) {
-    const uint8_t* unit = w + first * W::HALF;
     const int8_t* in = x;
     const Rounding* rounding = g.rounding;
     __m512 total[R][H] = {};
     for (int64_t i = 0; i < g.count; i++) {
       __m512 sum[R][H] = {};
-      __m512i plus[H] = {}, offset[H] = {};                   // nibbles, for each byte of a quad; or any, in 16 bits
-      for (int h = 0; h < H && g.offset; h++)
-        if (INT4 && g.nibbles) plus[h] = g.quad(i, first + h);
-        else offset[h] = (__m512i)g.offsets(i, first + h);
-      if (first == 0) g.fetch<CACHE<W, R>>(i);
-      const auto block = [&](auto units) {
+      const uint8_t* unit = g.w + i * g.stride + first * W::HALF;
+      __m512i plus[H] = {}, offset[H] = {};                   // a head's, for each byte of a quad; or any, in 16 bits
+      for (int h = 0; h < H; h++) {
+        if (INT4 && g.heads) plus[h] = g.quad(i, first + h);
+        if (g.offset) offset[h] = (__m512i)g.offsets(i, first + h);
+      }
+      if (first == 0) g.ask<AHEAD<W, R>>(i);
+      const auto block = [&](auto units, auto apart) {        // apart: offsets are not in heads, which is rare
         __m512i dot[R][H];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
           for (int h = 0; h < H; h++) {
             dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
-            if (g.offset && !(INT4 && g.nibbles))                 // a product of 16-bit halves, the upper ones times zero
+            if (apart)                        // a product of 16-bit halves, the upper ones times zero
               dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
           }
 #pragma GCC unroll 2
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
-          for (int line = 0; line < AT_ONCE; line += 64) __builtin_prefetch(unit + AHEAD<W, R> * 2 / H + line, 0, CACHE<W, R>);
+          for (int line = 0; line < 2 * W::HALF && AHEAD<W, R> && first == 0; line += 64) fetch(unit + AHEAD<W, R> + line);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
             __m512i values[H];
@@ -309,10 +333,13 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
         rounding += R;
       };
       const int64_t units = std::min(g.units, g.all - i * g.units);
-      for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>());
-      if (units % 2) block(std::integral_constant<int, 1>());
+      const auto blocks = [&](auto apart) {
+        for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>(), apart);
+        if (units % 2) block(std::integral_constant<int, 1>(), apart);
+      };
+      g.offset ? blocks(std::true_type()) : blocks(std::false_type());
       for (int h = 0; h < H; h++) {
-        const __m512 scale = (__m512)g.scales(i * PANEL + (first + h) * 16);
+        const __m512 scale = (__m512)g.scales(i, first + h);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) total[r][h] = _mm512_fmadd_ps(sum[r][h], scale, total[r][h]);
       }
@@ -324,15 +351,14 @@ void multiply_bytes(const uint8_t* w, const int8_t* x, const Groups& g, float* y
 #endif
 
 template <class W, class X, int... R>
-void multiply_rows(int rows, std::integer_sequence<int, R...>, const uint8_t* w, const X* x, const Groups& g, float* y,
-                   bool add) {
+void multiply_rows(int rows, std::integer_sequence<int, R...>, const X* x, const Groups& g, float* y, bool add) {
   const auto with = [&](auto count) {
     constexpr int N = decltype(count)::value;
 #ifdef BYTE_DOT
-    if constexpr (std::is_same_v<X, int8_t>) return multiply_bytes<W, N>(w, x, g, y);
+    if constexpr (std::is_same_v<X, int8_t>) return multiply_bytes<W, N>(x, g, y);
     else
 #endif
-    return multiply<W, X, N>(w, x, g, y, add);
+    return multiply<W, X, N>(x, g, y, add);
   };
   ((rows == R + 1 ? with(std::integral_constant<int, R + 1>()) : void()), ...);
 }
@@ -341,14 +367,15 @@ void multiply_rows(int rows, std::integer_sequence<int, R...>, const uint8_t* w,
 
 // Units of a panel as bfloat16, scaled: what the dequantized weight would be.
 template <class W>
-void unpack(const uint8_t* w, int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
+void unpack(int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
   for (int64_t u = first; u < first + units; u++)
     for (int half = 0; half < 2; half++) {
       const int64_t i = u / g.units;
-      const floats scale = g.scales(i * PANEL + half * 16);
-      const floats offset = g.offset ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
+      const uint8_t* unit = g.w + i * g.stride + (2 * (u - i * g.units) + half) * W::HALF;
+      const floats scale = g.scales(i, half);
+      const floats offset = g.offsets() ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
       for (int j = 0; j < 4; j++, out += 32) {
-        Pair f = W::pair(w + (2 * u + half) * W::HALF, j);
+        Pair f = W::pair(unit, j);
         f = {(f.even + offset) * scale, (f.odd + offset) * scale};
 #ifdef BFLOAT16_DOT
         const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f.even));
@@ -372,7 +399,8 @@ struct Job {
 struct Product : Job {
   int64_t N, K, block;                // block: rows of x laid out together; the last one has the rest
   const void* arranged;               // x in its blocks
-  int64_t group = 0;                  // 0: no scales
+  int64_t group;                      // 0: no scales
+  Groups groups;                      // the first panel
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
   std::vector<Rounding> rounding;     // the same, [K / 16][rows]
   at::Tensor kept;                    // what `arranged` points to
@@ -389,57 +417,64 @@ template <class W, class X> constexpr int most_rows(bool once) {
   return once || std::is_same_v<W, Bfloat16> || std::is_same_v<X, int8_t> ? ROWS<X> : std::min(ROWS<X>, 4);
 }
 
+inline bool scaled(const Matrix& m) { return m.scales || m.headed; }
+
 // Scratch of one thread, y's panel [M][32] among it.
 struct Scratch {
   std::vector<float> y, scale;
   std::vector<at::BFloat16> weights;
 };
 
+// A weight's first panel.
+template <class W> Groups first_panel(const Matrix& m) {
+  const int64_t units = (m.K + UNIT - 1) / UNIT, group = scaled(m) && m.group ? m.group / UNIT : units;
+  const int64_t count = (units + group - 1) / group, stride = group * 2 * W::HALF + m.headed * HEAD;
+  const uint8_t* w = (const uint8_t*)m.w;
+  return {.count = count, .units = group, .all = units, .w = w + m.headed * HEAD, .stride = stride,
+          .nbytes = units * 2 * W::HALF + m.headed * count * HEAD, .heads = m.headed ? w : nullptr,
+          .scale16 = m.scale_type == (int64_t)at::kBFloat16 ? (const at::BFloat16*)m.scales : nullptr,
+          .scale = m.scale_type == (int64_t)at::kFloat ? (const float*)m.scales : nullptr, .offset = (const int8_t*)m.offsets,
+          .ahead = std::max<int64_t>(1, FAR / stride)};
+}
+
+// Where scales are 16-bit floats of the other kind: those of a panel, as 32-bit ones.
+inline void widen_scales(const Matrix& m, int64_t panel, Groups& g, Scratch& s) {
+  if (!m.scales || m.scale_type != (int64_t)at::kHalf) return;
+  const int64_t n = g.count * PANEL;
+  s.scale.resize(n);
+  std::copy_n((const at::Half*)m.scales + panel * n, n, s.scale.data());
+  g.scale = s.scale.data();
+}
+
 template <class W, class X>
-void panel(const Product& p, int64_t index, Scratch& s) {
+void panel(const Product& p, Groups& g, Scratch& s) {
   const X* x = (const X*)p.arranged;
   using Rows = std::make_integer_sequence<int, most_rows<W, X>(false)>;
-  const Matrix& weight = p.matrix;
-  const int64_t units = p.K / UNIT, count = p.group ? (p.K + p.group - 1) / p.group : 1;
-  const uint8_t* w = (const uint8_t*)weight.w + index * units * 2 * W::HALF;
-  const int64_t at = index * count * PANEL;
-  Groups g{count, p.group ? p.group / UNIT : units, units};
-  g.ahead = std::max<int64_t>(1, FAR / (g.units * 2 * W::HALF));
-  if (weight.scales && weight.scale_type == (int64_t)at::kHalf) {
-    s.scale.resize(count * PANEL);
-    std::copy_n((const at::Half*)weight.scales + at, count * PANEL, s.scale.data());
-    g.scale = s.scale.data();
-  } else if (weight.scales && weight.scale_type == (int64_t)at::kFloat) {
-    g.scale = (const float*)weight.scales + at;
-  } else if (weight.scales) {
-    g.scale16 = (const at::BFloat16*)weight.scales + at;
-  }
-  if (weight.offsets) g.offset = (const uint8_t*)weight.offsets + (weight.nibbles ? at / 2 : at), g.nibbles = weight.nibbles;
+  const int64_t units = p.K / UNIT;
   const bool once = unpacks_once<X>(p.M, p.group);
   const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
   for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
     const int64_t n = p.group && !once ? units : std::min(depth, units - first);
     if (once) {
       s.weights.resize(depth * UNIT * PANEL);
-      unpack<W>(w, first, n, g, s.weights.data());
+      unpack<W>(first, n, g, s.weights.data());
     }
     for (int64_t m = 0; m < p.M; m += p.block) {
       const int64_t rows = std::min(p.block, p.M - m);
       const X* xs = x + m * p.K + first * UNIT * rows;
       float* y = s.y.data() + m * PANEL;
       if (once || !p.group) {
-        const Groups plain{1, n, n};
+        const Groups plain{1, n, n, once ? (const uint8_t*)s.weights.data() : g.w + first * 2 * W::HALF};
         if constexpr (std::is_same_v<X, at::BFloat16>)
           if (once) {
-            multiply_rows<Bfloat16, X>(rows, std::make_integer_sequence<int, most_rows<W, X>(true)>(),
-                                       (const uint8_t*)s.weights.data(), xs, plain, y, first > 0);
+            multiply_rows<Bfloat16, X>(rows, std::make_integer_sequence<int, most_rows<W, X>(true)>(), xs, plain, y, first > 0);
             continue;
           }
-        multiply_rows<W, X>(rows, Rows(), w + first * 2 * W::HALF, xs, plain, y, first > 0);
+        multiply_rows<W, X>(rows, Rows(), xs, plain, y, first > 0);
       } else {
-        g.x_sum = p.x_sum.data() + m * count;
+        g.x_sum = p.x_sum.data() + m * g.count;
         g.rounding = p.rounding.data() + m * ((p.K + BLOCK - 1) / BLOCK);
-        multiply_rows<W, X>(rows, Rows(), w, xs, g, y, false);
+        multiply_rows<W, X>(rows, Rows(), xs, g, y, false);
       }
     }
   }
@@ -467,11 +502,17 @@ void run(const std::vector<Product>& products, Team* team) {
   share(team, panels * products.size(), grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch s;
     s.y.resize(rows * PANEL);
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin; i < end;) {
       const Product& p = products[i / panels];
-      const int64_t first = i % panels * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
-      panel<W, X>(p, i % panels, s);
-      for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first);
+      const int64_t index = i % panels, last = std::min(panels, index + end - i);
+      Groups g = p.groups;
+      g.next(index);
+      for (int64_t at = index; at < last; at++, i++, g.next()) {
+        const int64_t first = at * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
+        widen_scales(p.matrix, at, g, s);
+        panel<W, X>(p, g, s);
+        for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first);
+      }
     }
   });
 }
@@ -562,15 +603,17 @@ at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block
 }
 #endif
 
-// Values [N, K] as the layout has them, into out: N a multiple of 32, K of 8.
-void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
-  const int64_t N = values.size(0), K = values.size(1), units = K / UNIT;
+// Values [N, K] as the layout has them, into out: N a multiple of 32, K of 8. heads: before each group of so many units.
+void pack(const at::Tensor& values, at::Tensor out, int64_t bits, int64_t group, const std::optional<at::Tensor>& heads) {
+  const int64_t N = values.size(0), K = values.size(1), units = K / UNIT, nbytes = 16 * bits;    // of a unit of 16 outputs
+  const int64_t count = heads ? heads->size(1) : 0, each = heads && group ? group / UNIT : units;
   const uint8_t* from = (const uint8_t*)values.const_data_ptr();
   uint8_t* to = (uint8_t*)out.data_ptr();
   const auto put = [&](int64_t n, int64_t u) {                                       // a unit of one output
     const int64_t o = n % 16;
     const uint8_t* in = from + (n * K + u * UNIT) * (bits == 16 ? 2 : 1);
-    uint8_t* unit = to + ((n / PANEL * units + u) * 2 + n % PANEL / 16) * 16 * bits;
+    uint8_t* unit = to + n / PANEL * (units * 2 * nbytes + count * HEAD) + (heads ? u / each + 1 : 0) * HEAD
+                    + (u * 2 + n % PANEL / 16) * nbytes;
     if (bits == 16)
       for (int j = 0; j < 4; j++) std::memcpy(unit + (j * 16 + o) * 4, in + j * 4, 4);
     if (bits == 8)
@@ -586,6 +629,9 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits) {
       for (int64_t at = 0; at < units; at += SOME)
         for (int64_t n = first; n < first + PANEL; n++)
           for (int64_t u = at; u < std::min(at + SOME, units); u++) put(n, u);
+    for (int64_t i = begin * count; i < end * count; i++)
+      std::memcpy(to + i / count * units * 2 * nbytes + i * HEAD + i % count * each * 2 * nbytes,
+                  (const uint8_t*)heads->const_data_ptr() + i * HEAD, HEAD);
   });
 }
 
@@ -594,19 +640,21 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
   std::vector<Product> products;
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
-    const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, m.scales));
+    const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, scaled(m)));
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
-    Product p{job, m.N, m.K, block, job.x, m.scales ? m.group ? m.group : m.K : 0};  // 0 with scales: one group, the row
+    const int64_t group = m.group ? m.group : m.K;                                                 // 0 with scales: the row
+    Product p{job, m.N, m.K, block, job.x, scaled(m) ? group : 0, first_panel<W>(m)};
 #ifdef BYTE_DOT
-    if constexpr (std::is_same_v<X, int8_t>)
-      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, m.offsets && m.nibbles ? NIBBLE_EXCESS : W::BIAS, p.rounding, team);
-    else
+    if constexpr (std::is_same_v<X, int8_t>) {
+      const int32_t excess = std::is_same_v<W, Int4> && m.headed ? HEAD_EXCESS : W::BIAS;
+      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, excess, p.rounding, team);
+    } else
 #endif
     {
       const auto dtype = c10::CppTypeToScalarType<X>::value;
       if (type != dtype) p.kept = at::from_blob((void*)job.x, {M, m.K}, type).to(dtype);
       const X* x = (const X*)(p.kept.defined() ? p.kept.data_ptr() : job.x);
-      if (m.offsets) p.x_sum = group_sums(x, M, m.K, p.group, block, team);
+      if (m.offsets || m.headed) p.x_sum = group_sums(x, M, m.K, p.group, block, team);
       if (M > 1) p.kept = arrange(x, M, m.K, block, team);
     }
     if (p.kept.defined()) p.arranged = p.kept.data_ptr();
@@ -660,10 +708,15 @@ void multiply_all(std::vector<Job> jobs, at::ScalarType type, Team* team = nullp
 using Optional = std::optional<at::Tensor>;
 
 Matrix matrix(const at::Tensor& w, const Optional& scales, const Optional& offsets, int64_t N, int64_t bits, int64_t group) {
-  const int64_t padded = (N + PANEL - 1) / PANEL * PANEL, K = w.nbytes() * 8 / (padded * (bits == FP4 ? 4 : bits));
+  const int64_t panels = (N + PANEL - 1) / PANEL, nbytes = w.nbytes() / panels, input = PANEL * (bits == FP4 ? 4 : bits) / 8;
+  const bool headed = (bits == 4 || bits == FP4) && !offsets;
+  int64_t K = nbytes / input;
+  if (headed) {                                       // whole groups, and what is left
+    const int64_t each = group ? group * input + HEAD : nbytes, rest = nbytes % each;
+    K = group ? nbytes / each * group + (rest ? (rest - HEAD) / input : 0) : (nbytes - HEAD) / input;
+  }
   return {N, K, bits, group, w.const_data_ptr(), scales ? scales->const_data_ptr() : nullptr,
-          scales ? (int64_t)scales->scalar_type() : 0, offsets ? offsets->const_data_ptr() : nullptr,
-          offsets && offsets->scalar_type() == at::kByte};
+          scales ? (int64_t)scales->scalar_type() : 0, offsets ? offsets->const_data_ptr() : nullptr, headed};
 }
 
 // x [M, K or what was padded to K], in one piece.
@@ -690,23 +743,17 @@ void multiply_matrix(const Matrix& m, const at::BFloat16* x, int64_t rows, at::B
 }
 
 template <class W> void look_up_as(const Matrix& m, int64_t row, at::BFloat16* y) {
-  const int64_t panel = row / PANEL, o = row % PANEL, units = (m.K + UNIT - 1) / UNIT, group = m.group ? m.group : m.K;
-  const int64_t groups = (m.K + group - 1) / group;
-  const auto scale_at = [&](int64_t i) {
-    if (m.scale_type == (int64_t)at::kFloat) return ((const float*)m.scales)[i];
-    return m.scale_type == (int64_t)at::kHalf ? float(((const at::Half*)m.scales)[i]) : float(((const at::BFloat16*)m.scales)[i]);
-  };
-  const auto offset_at = [&](int64_t g) {
-    if (!m.nibbles) return int(((const int8_t*)m.offsets)[g * PANEL + o]);
-    return 8 - (((const uint8_t*)m.offsets)[g * PANEL / 2 + o % 16] >> o / 16 * 4 & 15);
-  };
-  for (int64_t u = 0; u < units; u++) {
-    const uint8_t* unit = (const uint8_t*)m.w + ((panel * units + u) * 2 + o / 16) * W::HALF;
-    const int64_t g = panel * groups + u * UNIT / group;
-    const float scale = m.scales ? scale_at(g * PANEL + o) : 1, offset = m.offsets ? offset_at(g) : 0;
+  thread_local Scratch s;
+  const int64_t half = row % PANEL / 16, o = row % 16;
+  Groups g = first_panel<W>(m);
+  g.next(row / PANEL);
+  widen_scales(m, row / PANEL, g, s);
+  for (int64_t u = 0; u < g.all; u++) {
+    const int64_t i = u / g.units;
+    const float scale = g.scales(i, half)[o], offset = g.offsets() ? g.offsets(i, half)[o] : 0;
     for (int j = 0; j < 4; j++) {
-      const Pair f = W::pair(unit, j);
-      y[u * UNIT + 2 * j] = (f.even[o % 16] + offset) * scale, y[u * UNIT + 2 * j + 1] = (f.odd[o % 16] + offset) * scale;
+      const Pair f = W::pair(g.w + i * g.stride + (2 * (u - i * g.units) + half) * W::HALF, j);
+      y[u * UNIT + 2 * j] = (f.even[o] + offset) * scale, y[u * UNIT + 2 * j + 1] = (f.odd[o] + offset) * scale;
     }
   }
 }
@@ -736,7 +783,7 @@ struct Stack {
     const auto of = [](const Optional& t, int64_t e) { return t ? Optional(t->select(0, e)) : std::nullopt; };
     at::Tensor y = at::empty({x.size(0), N}, x.options());
     std::vector<Job> jobs;
-    const int64_t width = matrix(w.select(0, 0), std::nullopt, std::nullopt, N, bits, group).K;
+    const int64_t width = matrix(w.select(0, 0), std::nullopt, of(offsets, 0), N, bits, group).K;
     const at::Tensor rows = whole(x, width);
     for (size_t i = 0, at = 0; i < chosen.size(); at += counts[i++]) {
       const int64_t e = chosen[i];
@@ -798,7 +845,7 @@ at::Tensor experts(const at::Tensor& input, const at::Tensor& ids, at::TensorLis
 
 TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
-  m.def("pack(Tensor values, Tensor(a!) out, int bits) -> ()", &pack);
+  m.def("pack(Tensor values, Tensor(a!) out, int bits, int group, Tensor? heads) -> ()", &pack);
   m.def("round_activations(bool wanted) -> bool", &round_activations);
   m.def("address() -> int", +[] { return (int64_t)&PRODUCTS; });
   m.def("experts(Tensor x, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");

@@ -31,6 +31,14 @@ inline ints to_int(bytes v) {                    // the compiler's own conversio
 #endif
 }
 
+inline words load_bytes(const uint8_t* p) {      // 16 of 0 ... 255
+#ifdef BFLOAT16_DOT
+  return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return (words)to_int(read<bytes>(p)) & 255u;
+#endif
+}
+
 inline floats load16(const float* p) { return read<floats>(p); }
 inline floats load16(const at::BFloat16* p) {    // a bfloat16 is a float's upper half
   return (floats)(__builtin_convertvector(read<halves>(p), words) << 16);

@@ -131,9 +131,9 @@ def test_bias_and_order_of_inputs(kind, group, path):
     assert torch.equal(layer(torch.arange(32)), wanted)
 
 
-@pytest.mark.parametrize("bits, lowest, highest, nibbles", [(8, -128, 127, False), (4, -7, 8, True), (4, -7, 8, False)])
+@pytest.mark.parametrize("bits, lowest, highest, beside", [(8, -128, 127, 2), (4, -7, 8, 0), (4, -7, 8, 1), (4, -7, 8, 2)])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
-def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, nibbles, path):
+def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
     """Value and offset that cancel, beside inputs of any size and sign: what a block's sum starts from."""
     K, N = 224, 40
     offsets = torch.randint(lowest, highest + 1, (N, K // 32), generator=torch.Generator().manual_seed(0)).to(torch.int8)
@@ -142,12 +142,14 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, nibbles, path)
     offsets[1] = 0
     values = -offsets.repeat_interleave(32, 1)
     values[1] = 1
-    w = cpu.pack(values if bits == 8 else (values + 8).to(torch.uint8), bits)
-    packed = cpu.pack_offsets(offsets, bits) if nibbles or bits == 8 else cpu.pack_groups(offsets)
-    scales = cpu.pack_groups(torch.full((N, K // 32), 0.5, dtype=torch.bfloat16))
+    if bits == 4 and beside == 2:
+        offsets[1], values[1] = -8, 7                      # one that does not fit
+    scales = torch.full((N, K // 32), 0.5, dtype=torch.float16 if beside == 1 else torch.bfloat16)
+    packed = cpu.pack_scaled(values if bits == 8 else (values + 8).to(torch.uint8), scales, offsets, bits, 32)
+    assert sum(t is not None for t in packed[1:]) == beside
     for M in (1, 2, 5, 8, 9, 32):
         x = inputs(M, K, torch.bfloat16) * torch.logspace(-3, 3, M)[:, None].bfloat16()
-        y = cpu.linear(x, w, scales, packed, N, bits, 32)
+        y = cpu.linear(x, *packed, N, bits, 32)
         assert not y[:, [0, *range(2, N)]].any() and y[:, 1].all()
 
 
@@ -217,24 +219,45 @@ def test_the_portable_kernel_agrees(group, tmp_path):
             close(y, x.float() @ w.t(), torch.bfloat16)
 
 
-@pytest.mark.parametrize("lowest", [-7, -8])
-def test_offsets_of_nibbles_are_nibbles_where_they_fit(lowest):
-    """GPTQ files have zero points of 1 ... 16, and 16 is no nibble."""
+@pytest.mark.parametrize("group", [0, 32, 64])
+@pytest.mark.parametrize("kind, lowest, least, beside", [
+    (Int4Linear, -7, 2 ** -31, 0), (Int4Linear, -8, 2 ** -31, 2), (Int4Linear, -7, 2 ** -32, 1),
+    (Fp4Linear, None, 2 ** -31, 0), (Int4Linear, None, 2 ** -31, 0), (Int4Linear, None, -1.0, 1)])
+def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, lowest, least, beside):
+    """GPTQ files have zero points of 1 ... 16, and 16 is no nibble; a scale has 12 bits. The last group may be short."""
     if not cpu.available():
         pytest.skip("there is no C++ compiler")
-    offsets = torch.randint(-7, 9, (100, 5), dtype=torch.int8)
-    offsets[3, 3] = lowest
-    packed = cpu.pack_offsets(offsets, 4)
-    assert packed.numel() == 128 * 5 // (2 if lowest == -7 else 1)
-    assert torch.equal(cpu.group_rows(packed, torch.arange(100), 100), offsets)
-    layer = Int4Linear.quantize(weight(100, 160), 32)
-    layer.zeros = (8 - offsets.to(torch.int16)).to(torch.uint8)
+    layer = kind(168, 100, group, zeros=lowest is not None)
+    layer.weight.random_(256)
+    layer.scales.copy_(torch.rand(layer.scales.shape).clamp(min=1e-3))
+    layer.scales[5, -1], layer.scales[6, -1] = least, 1.9921875
+    if lowest is not None:
+        layer.zeros.random_(16)
+        layer.zeros[3, -1], layer.zeros[4, -1] = 8 - lowest, 0
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
     w = layer.dequantize()
     layer.pack()
-    assert torch.equal(layer.dequantize(), w)
+    assert sum(t is not None for t in (layer.packed_scales, layer.packed_offsets)) == beside
+    ids = torch.tensor([[99, 5]])
+    assert torch.equal(layer.dequantize(), w) and torch.equal(layer.dequantize(ids), w[ids])
     for M, dtype in ((1, torch.float32), (40, torch.bfloat16), (5, torch.bfloat16)):
-        x = inputs(M, 160, dtype)
-        close(layer(x), x.float() @ w.t(), dtype)
+        x = inputs(M, 168, dtype)
+        close(layer(x), (rounded(x) if dtype == torch.bfloat16 and M < 33 else x.float()) @ w.t(), dtype)
+    layer.unpack_from_kernel()
+    assert before.keys() == layer.state_dict().keys()
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_head_is_what_linear_cpp_says(groups):
+    numbers = torch.arange(40 * groups).view(40, groups)
+    heads = cpu.pack_heads(numbers * 29, (numbers % 16 - 7).to(torch.int8))
+    assert heads.shape == (2, groups, 64)
+    for n in range(40):
+        for g in range(groups):
+            head, shift = heads[n // 32, g].tolist(), n % 32 // 16 * 4
+            assert head[n % 32] | (head[32 + n % 16] >> shift & 15) << 8 == numbers[n, g] * 29
+            assert head[48 + n % 16] >> shift & 15 == numbers[n, g] % 16
 
 
 @pytest.mark.parametrize("N, K", [(32, 64), (100, 33), (40, 2056)])
