@@ -38,8 +38,19 @@ def pack_part(model: Transformer, part: nn.Module):
     quantize.pack_part(model, part)
     layer = getattr(part, "feed_forward", None)
     if isinstance(layer, MoEFeedForward):
+        make_alike(layer.experts)
         on_cpu = model.norm.weight.device.type == "cpu"
         layer.run = Stacked(layer) if Stacked.fits(layer) else Opaque(layer) if on_cpu else Gathered(layer)
+
+
+def make_alike(experts: nn.ModuleList):
+    """Where a scale of one expert does not lie among its weights of 4 bits (cpu.pack_scaled), let no expert's do."""
+    for same in zip(*(expert.modules() for expert in experts)):
+        packed = [m for m in same if isinstance(m, QuantizedLinear) and m.path == "kernel" and m.bits == 4]
+        beside = any(m.packed_scales is not None for m in packed)
+        for m in packed:
+            if beside and m.packed_scales is None:
+                m.packed_scales = cpu.pack_groups(m.numbers()[1])
 
 
 # ---- the CPU kernel ----------------------------------------------------------------------------------------

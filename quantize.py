@@ -146,7 +146,7 @@ class QuantizedLinear(nn.Module):
             packed = (self.packed, self.packed_scales, self.packed_offsets)
             codes, scales, offsets = cpu.scaled_rows(packed, torch.arange(self.out_features), *self.kernel_shape())
             self.weight, self.scales = self.store(codes[:, :self.in_features]), scales.contiguous()
-            plain = offsets is None or not offsets.any()                             # the kernel's heads always have some
+            plain = self.packed_offsets is None and (offsets is None or not offsets.any())    # heads always have some
             self.zeros = None if plain else (self.centre - offsets.to(torch.int16)).to(self.stored_dtype)
             self.packed = self.packed_scales = self.packed_offsets = None
             self.path = "plain"

@@ -32,14 +32,14 @@ PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attentio
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
-HEADERS = ("vectors.h", "calls.h", "team.h")
+HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
 LARGE_PAGE = 2 << 20
 HURRY = {}                              # not empty: a program in a hurry, and what it has seen
-PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in linear.cpp
-LEAST_SCALE = 0x3000                    # bits of the smallest bfloat16 that a head holds, as in linear.cpp
+PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in panel.h
+LEAST_SCALE = 0x3000                    # bits of the smallest bfloat16 that a head holds, as in panel.h
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def pack_groups(numbers: Tensor) -> Tensor:
 
 
 def pack_heads(codes: Tensor, offsets: Tensor | None) -> Tensor:
-    """Scales as 12-bit numbers and offsets of nibbles or None, [N, G] -> [panels, G, 64] as linear.cpp says."""
+    """Scales as 12-bit numbers and offsets of nibbles or None, [N, G] -> [panels, G, 64] as panel.h says."""
     def halves(numbers):                                                             # [N, G] -> [panels, G, 2, 16]
         return pack_groups(numbers.to(torch.uint8)).view(-1, numbers.shape[1], 2, PANEL // 2)
     low, high = halves(codes & 255), halves(codes >> 8 & 15)

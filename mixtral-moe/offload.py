@@ -130,6 +130,7 @@ class Offloaded(Opaque):
                  written: Tensor | None = None):
         super().__init__(layer)
         self.store, self.counts = store, counts
+        experts.make_alike(layer.experts)
         self.stacked = Stacked(layer, written) if Stacked.fits(layer) else None
         self.records = self.stacked.records if self.stacked else Records(layer.experts, written)
         self.copies = {e: portable(layer.experts[e], store.device) for e in resident}
@@ -338,6 +339,8 @@ def measure(layer: MoEFeedForward) -> int:
 def write_experts(model: Transformer, s: Sizes, file: Path):
     """All records, as they lie in memory, for `map_experts`: written beside and renamed."""
     runs = [layer.run for layer in experts.layers(model)]
+    if len({form(run.records) for run in runs}) > 1:
+        raise CheckpointError("--expert_file holds experts of one form, and this checkpoint's layers have several")
     state = {f"layers.{i}": run.records.bytes for i, run in zip(s.layers, runs)}
     partial = file.with_name(f".{file.name}.partial")
     try:

@@ -1,0 +1,344 @@
+// How packed weights lie, what they mean, and one panel of them times up to 12 rows: the loops in which all of linear.cpp's
+// time goes. What it is not: threads, many rows, operators; those are in linear.cpp.
+//
+// The layout. 32 outputs make a panel, K inputs long. Inputs come in units of 8, four pairs (2j, 2j+1) each. A pair
+// of 16 outputs is one 64-byte vector of bfloat16 pairs, the operand of AVX-512's dot product of pairs, so that no
+// sum ever runs across a vector:
+//     bfloat16   [panel][unit][half][pair][16 outputs][2]       512 bytes a unit
+//     int8       [panel][unit][half][2 quads][16 outputs][4]    256 bytes a unit: a byte less 128 is the value
+//     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
+// A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
+// high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 16 inputs by a scale of their
+// own (llama.cpp: 32); what is lost is measured in the README.
+// A weight is (value + offset) * scale, where value is the int8, or the nibble less 8. Scales and offsets are
+// [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, 12 bits of a bfloat16
+// in two parts, and 16 of offsets -7 ... 8. That is one stream, which the processor itself reads ahead a seventh faster than
+// three. Scales that do not fit are beside it; with offsets that do not there are no heads. (Floats of 4 bits have no offsets.)
+// x comes as blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2]: one stream too.
+//
+// Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
+// the compiler's portable vectors.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int PANEL = 32, UNIT = 8;
+// Rows of x that are multiplied at once: 12 rows x 2 halves make 24 sums in 32 registers; of bytes, 32 rows are four even
+// blocks.
+template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
+constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
+constexpr int64_t HEAD = 64;                    // bytes of a group's scales and offsets, where they lie before its weights
+constexpr uint32_t LEAST_SCALE = 0x3000;        // 2^-31 in bfloat16, the smallest scale of a head; the largest is less than 2
+constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's offset, added up, are too large by
+
+// Bytes that are asked for before they are needed, as measured; 0: the processor's own reading ahead is as good, of few bytes
+// for much arithmetic. Only the second cache is asked: the first has few requests open at a time, and what floods it holds up
+// what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
+constexpr int64_t FAR = 4096;
+template <class W, int R> constexpr int64_t AHEAD = W::HALF == 64 ? (R > 1 ? 2 * FAR : 0) :
+    R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : R <= 2 ? FAR / 2 : FAR / 4;
+inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
+
+// ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
+
+struct Pair { floats even, odd; };
+
+struct Bfloat16 {
+  static constexpr int HALF = 256;              // bytes of a unit of 16 outputs
+  static inline Pair pair(const uint8_t* p, int j) {
+    words w = read<words>(p + 64 * j);
+    return {(floats)(w << 16), (floats)(w & 0xffff0000u)};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) { return (__m512bh)_mm512_loadu_si512(p + 64 * j); }
+#endif
+};
+
+struct Int8 {
+  static constexpr int HALF = 128, BIAS = 128;  // BIAS: what the quads' unsigned bytes are too large by
+  static inline Pair pair(const uint8_t* p, int j) {
+    const words w = read<words>(p + 64 * (j & 1)) >> (j & 2 ? 8 : 0);
+    return {__builtin_convertvector((ints)(w & 255u) - 128, floats),
+            __builtin_convertvector((ints)(w >> 16 & 255u) - 128, floats)};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {      // an int8 is exact in bfloat16: the float's upper half
+    Pair f = pair(p, j);
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)f.even, 16), (__m512i)f.odd);
+  }
+#endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) { return _mm512_loadu_si512(p + 64 * q); }
+#endif
+};
+
+struct Int4 {
+  static constexpr int HALF = 64, BIAS = 8;
+  static inline Pair pair(const uint8_t* p, int j) {
+    words w = read<words>(p);
+    return {__builtin_convertvector((ints)((w >> (4 * j)) & 15u) - 8, floats),
+            __builtin_convertvector((ints)((w >> (16 + 4 * j)) & 15u) - 8, floats)};
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {      // a table of -8 ... 7, twice: the index has 5 bits
+    alignas(64) static constexpr uint16_t TABLE[32] = {
+        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
+        0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040,
+        0x4080, 0x40A0, 0x40C0, 0x40E0};
+    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
+    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+  }
+#endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) {
+    const __m512i w = _mm512_loadu_si512(p);
+    return _mm512_and_si512(q ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(15));
+  }
+#endif
+};
+
+// Floats of 4 bits: sign, two bits of exponent, one of mantissa; twice their value, which is a whole number.
+struct Fp4 {
+  static constexpr int HALF = 64, BIAS = 12;
+  static inline Pair pair(const uint8_t* p, int j) {
+    static constexpr float TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    words w = read<words>(p);
+    Pair f;
+    for (int i = 0; i < 16; i++) f.even[i] = TABLE[w[i] >> (4 * j) & 15], f.odd[i] = TABLE[w[i] >> (16 + 4 * j) & 15];
+    return f;
+  }
+#ifdef BFLOAT16_DOT
+  static inline __m512bh packed(const uint8_t* p, int j) {
+    alignas(64) static constexpr uint16_t TABLE[32] = {
+        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040, 0xC080, 0xC0C0,
+        0xC100, 0xC140, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040,
+        0xC080, 0xC0C0, 0xC100, 0xC140};
+    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
+    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+  }
+#endif
+#ifdef BYTE_DOT
+  static inline __m512i quad(const uint8_t* p, int q) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    return _mm512_shuffle_epi8(table, Int4::quad(p, q));
+  }
+#endif
+};
+
+// ---- the inner loop -----------------------------------------------------------------------------------------------
+
+// Sums of one group of one panel, for R rows: from [R][32] or offset * (sum of x), on top of nothing.
+// C: independent chains, so that few rows do not wait for the multiplier's latency.
+template <class W, class X, int R, int C>
+inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
+  for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
+#pragma GCC unroll 8
+    for (int line = 0; line < 2 * W::HALF && AHEAD<W, R>; line += 64) fetch(w + AHEAD<W, R> + line);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+#ifdef BFLOAT16_DOT
+      if constexpr (std::is_same_v<X, at::BFloat16>) {
+        const __m512bh low = W::packed(w, j), high = W::packed(w + W::HALF, j);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + (j * R + r) * 2));
+          sum[j % C][r][0] = (floats)_mm512_dpbf16_ps((__m512)sum[j % C][r][0], low, both);
+          sum[j % C][r][1] = (floats)_mm512_dpbf16_ps((__m512)sum[j % C][r][1], high, both);
+        }
+        continue;
+      }
+#endif
+      for (int half = 0; half < 2; half++) {
+        const Pair f = W::pair(w + half * W::HALF, j);
+        for (int r = 0; r < R; r++) {
+          const X* pair = x + (j * R + r) * 2;
+          sum[j % C][r][half] += f.even * float(pair[0]) + f.odd * float(pair[1]);
+        }
+      }
+    }
+  }
+}
+
+// Of 16 inputs of x as int8: what they were divided by, and what their sum of products starts from, since weights' bytes are
+// too large.
+struct Rounding { float scale; int32_t zero; };
+
+// A panel: its weights, and what they are multiplied with: heads, or [groups][32] each scales in bfloat16 or float (null: 1)
+// and offsets (null: 0). With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
+struct alignas(64) Groups {
+  int64_t count, units, all;          // groups, units in each, units in all of them: the last may be shorter
+  const uint8_t* w;                   // the first group's
+  int64_t stride, nbytes;             // from one group's weights to the next one's, or from head to head; a panel's
+  const uint8_t* heads;               // the first one, or null
+  const Rounding* rounding;
+  const at::BFloat16* scale16;
+  const float* scale;
+  const int8_t* offset;
+  const float* x_sum;
+  int64_t ahead;                      // groups that lie as far ahead as the weights that are asked for
+
+  // To the next panel. What that takes is at hand, in the first cache, through which all that is multiplied passes: had it to
+  // be fetched, behind the weights that are under way, nothing would be read meanwhile. (A twentieth of int4's time.)
+  inline void next(int64_t n = 1) {
+    w += n * nbytes;
+    if (heads) heads += n * nbytes;
+    if (scale16) scale16 += n * count * PANEL;
+    if (scale) scale += n * count * PANEL;
+    if (offset) offset += n * count * PANEL;
+  }
+  inline floats scales(int64_t i, int half) const {
+    const int64_t at = i * PANEL + half * 16;
+    if (scale16) return load16(scale16 + at);
+    if (scale) return read<floats>(scale + at);
+    if (!heads) return floats{} + 1.0f;
+    const uint8_t* head = heads + i * stride;
+    const words low = load_bytes(head + 16 * half) << 16, high = load_bytes(head + 32) << (half ? 20 : 24) & 0xf000000u;
+    return (floats)(low | high | LEAST_SCALE << 16);
+  }
+  inline bool offsets() const { return heads || offset; }
+  inline ints offsets(int64_t i, int half) const {
+    if (!heads) return to_int(read<bytes>(offset + i * PANEL + half * 16));
+    return (ints)(load_bytes(heads + i * stride + 48) >> 4 * half & 15u) - 7;
+  }
+  // For what lies beside the weights.
+  template <int64_t N> inline __attribute__((always_inline)) void ask(int64_t i) const {
+    if (heads && N) fetch(heads + i * stride + N);
+    if (scale16) fetch(scale16 + (i + ahead) * PANEL);
+    if (offset) fetch(offset + (i + ahead) * PANEL);
+  }
+#ifdef BYTE_DOT
+  // A head's offsets plus 7, four times each: what a quad's bytes grow by.
+  inline __m512i quad(int64_t i, int half) const {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(heads + i * stride + 48)));
+    const __m512i each = _mm512_shuffle_epi8(wide, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+    return _mm512_and_si512(half ? _mm512_srli_epi16(each, 4) : each, _mm512_set1_epi8(15));
+  }
+#endif
+};
+
+// y [R][32] (+)= x [K / 2][R][2] times a panel.
+template <class W, class X, int R>
+void multiply(const X* x, const Groups& g, float* y, bool add) {
+  constexpr int C = R <= 9 ? 2 : 1;      // the same for one row and for what speculation verifies: they get the same bits
+  floats total[R][2] = {};
+  if (add)
+    for (int r = 0; r < R; r++)
+      for (int half = 0; half < 2; half++) total[r][half] = read<floats>(y + r * PANEL + half * 16);
+  const uint8_t* w = g.w;
+  for (int64_t i = 0; i < g.count; i++, w += g.stride, x += g.units * UNIT * R) {
+    const int64_t units = std::min(g.units, g.all - i * g.units);
+    floats sum[C][R][2] = {};
+    if (g.offsets())
+      for (int half = 0; half < 2; half++) {
+        const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
+        for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
+      }
+    g.ask<AHEAD<W, R>>(i);
+    dot_units<W, X, R, C>(sum, w, x, units);
+    for (int half = 0; half < 2; half++) {
+      const floats scale = g.scales(i, half);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        floats s = sum[0][r][half];
+        for (int c = 1; c < C; c++) s += sum[c][r][half];
+        total[r][half] += s * scale;
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int half = 0; half < 2; half++) write(y + r * PANEL + half * 16, total[r][half]);
+}
+
+#ifdef BYTE_DOT
+// The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
+// What the bytes are too large by is what a block's sum starts from: zeros give exactly zero, and it costs nothing.
+// Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
+template <class W, int R>
+void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
+  constexpr int H = W::HALF == 64 && R > 5 ? 1 : 2;
+  constexpr bool INT4 = std::is_same_v<W, Int4>;
+#pragma GCC unroll 2
+  for (int first = 0; first < 2; first += H) {
+    const int8_t* in = x;
+    const Rounding* rounding = g.rounding;
+    __m512 total[R][H] = {};
+    for (int64_t i = 0; i < g.count; i++) {
+      __m512 sum[R][H] = {};
+      const uint8_t* unit = g.w + i * g.stride + first * W::HALF;
+      __m512i plus[H] = {}, offset[H] = {};                   // a head's, for each byte of a quad; or any, in 16 bits
+      for (int h = 0; h < H; h++) {
+        if (INT4 && g.heads) plus[h] = g.quad(i, first + h);
+        if (g.offset) offset[h] = (__m512i)g.offsets(i, first + h);
+      }
+      if (first == 0) g.ask<AHEAD<W, R>>(i);
+      const auto block = [&](auto units, auto apart) {        // apart: offsets are not in heads, which is rare
+        __m512i dot[R][H];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+          for (int h = 0; h < H; h++) {
+            dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
+            if (apart)                        // a product of 16-bit halves, the upper ones times zero
+              dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
+          }
+#pragma GCC unroll 2
+        for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
+#pragma GCC unroll 4
+          for (int line = 0; line < 2 * W::HALF && AHEAD<W, R> && first == 0; line += 64) fetch(unit + AHEAD<W, R> + line);
+#pragma GCC unroll 2
+          for (int q = 0; q < 2; q++) {
+            __m512i values[H];
+            for (int h = 0; h < H; h++) {
+              values[h] = W::quad(unit + h * W::HALF, q);
+              if (INT4) values[h] = _mm512_add_epi8(values[h], plus[h]);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+              const __m512i four = _mm512_set1_epi32(read<int32_t>(in + (q * R + r) * 4));
+              for (int h = 0; h < H; h++) dot[r][h] = _mm512_dpbusd_epi32(dot[r][h], values[h], four);
+            }
+          }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+          for (int h = 0; h < H; h++)
+            sum[r][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][h]), _mm512_set1_ps(rounding[r].scale), sum[r][h]);
+        rounding += R;
+      };
+      const int64_t units = std::min(g.units, g.all - i * g.units);
+      const auto blocks = [&](auto apart) {
+        for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>(), apart);
+        if (units % 2) block(std::integral_constant<int, 1>(), apart);
+      };
+      g.offset ? blocks(std::true_type()) : blocks(std::false_type());
+      for (int h = 0; h < H; h++) {
+        const __m512 scale = (__m512)g.scales(i, first + h);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) total[r][h] = _mm512_fmadd_ps(sum[r][h], scale, total[r][h]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int h = 0; h < H; h++) _mm512_storeu_ps(y + r * PANEL + (first + h) * 16, total[r][h]);
+  }
+}
+#endif
+
+template <class W, class X, int... R>
+void multiply_rows(int rows, std::integer_sequence<int, R...>, const X* x, const Groups& g, float* y, bool add) {
+  const auto with = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+#ifdef BYTE_DOT
+    if constexpr (std::is_same_v<X, int8_t>) return multiply_bytes<W, N>(x, g, y);
+    else
+#endif
+    return multiply<W, X, N>(x, g, y, add);
+  };
+  ((rows == R + 1 ? with(std::integral_constant<int, R + 1>()) : void()), ...);
+}
+
+}  // namespace
