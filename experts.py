@@ -44,12 +44,12 @@ def pack_part(model: Transformer, part: nn.Module):
 
 
 def make_alike(experts: nn.ModuleList):
-    """Where a scale of one expert does not lie among its weights of 4 bits (cpu.pack_scaled), let no expert's do."""
+    """Where one expert's scales do not lie among its weights of 4 bits (cpu.pack_scaled), let no expert's do."""
     for same in zip(*(expert.modules() for expert in experts)):
         packed = [m for m in same if isinstance(m, QuantizedLinear) and m.path == "kernel" and m.bits == 4]
-        beside = any(m.packed_scales is not None for m in packed)
+        beside = any(m.packed_scales.dtype != torch.int32 for m in packed)
         for m in packed:
-            if beside and m.packed_scales is None:
+            if beside and m.packed_scales.dtype == torch.int32:
                 m.packed_scales = cpu.pack_groups(m.numbers()[1])
 
 

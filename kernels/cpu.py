@@ -39,7 +39,6 @@ FP4 = 40                                # `bits` of 4-bit floats, which lie as i
 LARGE_PAGE = 2 << 20
 HURRY = {}                              # not empty: a program in a hurry, and what it has seen
 PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in panel.h
-LEAST_SCALE = 0x3000                    # bits of the smallest bfloat16 that a head holds, as in panel.h
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -165,12 +164,15 @@ def pack(values: Tensor, bits: int, group: int = 0, heads: Tensor | None = None)
 
 def pack_scaled(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group: int) -> tuple[Tensor, ...]:
     """Values [N, K], scales [N, G] and int8 offsets [N, G] or None as the kernel reads them. Of 4 bits the first of the three
-    has it all, in its heads, and None stands for the others; unless they do not fit."""
+    has it all in its heads, the second is their `least` and the third None; unless they do not fit. A scale that is not even
+    2^-32 of the largest becomes that."""
     if bits == 8 or offsets is not None and (offsets.amin() < -7 or offsets.amax() > 8):
         return pack(values, bits), pack_groups(scales), None if offsets is None else pack_groups(offsets)
-    codes = scales.view(torch.int16) - LEAST_SCALE if scales.dtype == torch.bfloat16 else torch.full(scales.shape, -1)
-    fit = codes.amin() >= 0 and codes.amax() <= 0xfff
-    return pack(values, bits, group, pack_heads(codes, offsets)), None if fit else pack_groups(scales), None
+    codes = scales.view(torch.int16) if scales.dtype == torch.bfloat16 else torch.full(scales.shape, -1)
+    if codes.amin() < 0:                # or one is negative
+        return pack(values, bits, group, pack_heads(codes, offsets)), pack_groups(scales), None
+    least = (codes.amax() - 0xfff).clamp(min=0).int()
+    return pack(values, bits, group, pack_heads((codes - least).clamp(min=0), offsets)), least.view(1), None
 
 
 def in_large_pages(nbytes: int) -> Tensor:
@@ -243,9 +245,8 @@ def group_rows(packed: Tensor, index: Tensor, N: int) -> Tensor:
 def scaled_rows(packed: tuple[Tensor, ...], index: Tensor, N: int, K: int, bits: int, group: int) -> tuple[Tensor, ...]:
     """Rows `index` [...] of what `pack_scaled` made: values [..., K padded], scales and offsets [..., G], or None."""
     values, scales, offsets = packed
-    scales, offsets = (None if t is None else group_rows(t, index, N) for t in (scales, offsets))
     if bits == 8 or offsets is not None:
-        return rows(values, index, N, bits), scales, offsets
+        return rows(values, index, N, bits), group_rows(scales, index, N), None if offsets is None else group_rows(offsets, index, N)
     panel, output, half = index[..., None] // PANEL, index[..., None] % 16, index[..., None] % PANEL // 16
     panels, units = padded(N, PANEL) // PANEL, padded(K, UNIT) // UNIT
     each = group // UNIT if group else units                                         # units of a group
@@ -254,8 +255,8 @@ def scaled_rows(packed: tuple[Tensor, ...], index: Tensor, N: int, K: int, bits:
     codes = nibbles(words[panel, 16 * (unit // each + 1 + 2 * unit + half) + output])   # heads and half units are 16 words each
     head = 64 * (first // each + 2 * first)
     low, high, offset = (octets[panel, head + at].int() for at in (half * 16 + output, 32 + output, 48 + output))
-    if scales is None:
-        scales = ((low | (high >> 4 * half & 15) << 8) + LEAST_SCALE).to(torch.int16).view(torch.bfloat16)
+    scales = ((low | (high >> 4 * half & 15) << 8) + scales).to(torch.int16).view(torch.bfloat16) \
+        if scales.dtype == torch.int32 else group_rows(scales, index, N)
     return codes, scales, (offset >> 4 * half & 15).to(torch.int8) - 7
 
 

@@ -19,7 +19,7 @@ from kernels import cpu
 from model import ACTIVATIONS, Attention, FeedForward, RMSNorm, TokenTable, Transformer, TransformerBlock
 
 KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                        # by their numbers in step.cpp
-SCALES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}                    # by theirs in c10/core/ScalarType.h
+SCALES = {torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}    # by theirs in c10/core/ScalarType.h
 PLACE = 4                                                                            # the last numbers of a form: where its cache lies
 
 
@@ -194,10 +194,10 @@ def matrix(layer: nn.Module | None) -> list:
         return [*layer.weight.shape, 0, 0, layer.weight] + [None] * 5
     N, K = layer.out_features, layer.in_features
     if isinstance(layer, cpu.PackedLinear):
-        return [N, K, 16, 0, layer.packed, None, 0, None, 0, layer.bias]
+        return [N, K, 16, 0, layer.packed, None, 0, None, -1, layer.bias]
     scales, offsets = layer.packed_scales, layer.packed_offsets
-    return [N, K, layer.kernel_kind(), layer.kernel_group(), layer.packed, scales, 0 if scales is None else SCALES[scales.dtype],
-            offsets, int(layer.bits == 4 and offsets is None), layer.bias]
+    least = -1 if layer.bits == 8 or offsets is not None else int(scales) if scales.dtype == torch.int32 else 0
+    return [N, K, layer.kernel_kind(), layer.kernel_group(), layer.packed, scales, SCALES[scales.dtype], offsets, least, layer.bias]
 
 
 def normed(norm: nn.Module | None) -> list:

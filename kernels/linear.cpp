@@ -88,8 +88,6 @@ template <class W, class X> constexpr int most_rows(bool once) {
   return once || std::is_same_v<W, Bfloat16> || std::is_same_v<X, int8_t> ? ROWS<X> : std::min(ROWS<X>, 4);
 }
 
-inline bool scaled(const Matrix& m) { return m.scales || m.headed; }
-
 // Scratch of one thread, y's panel [M][32] among it.
 struct Scratch {
   std::vector<float> y, scale;
@@ -98,11 +96,11 @@ struct Scratch {
 
 // A weight's first panel.
 template <class W> Groups first_panel(const Matrix& m) {
-  const int64_t units = (m.K + UNIT - 1) / UNIT, group = scaled(m) && m.group ? m.group / UNIT : units;
-  const int64_t count = (units + group - 1) / group, stride = group * 2 * W::HALF + m.headed * HEAD;
+  const int64_t units = (m.K + UNIT - 1) / UNIT, group = m.scales && m.group ? m.group / UNIT : units;
+  const int64_t count = (units + group - 1) / group, head = m.least < 0 ? 0 : HEAD, stride = group * 2 * W::HALF + head;
   const uint8_t* w = (const uint8_t*)m.w;
-  return {.count = count, .units = group, .all = units, .w = w + m.headed * HEAD, .stride = stride,
-          .nbytes = units * 2 * W::HALF + m.headed * count * HEAD, .heads = m.headed ? w : nullptr,
+  return {.count = count, .units = group, .all = units, .w = w + head, .stride = stride,
+          .nbytes = units * 2 * W::HALF + count * head, .heads = head ? w : nullptr, .least = uint32_t(m.least) << 16,
           .scale16 = m.scale_type == (int64_t)at::kBFloat16 ? (const at::BFloat16*)m.scales : nullptr,
           .scale = m.scale_type == (int64_t)at::kFloat ? (const float*)m.scales : nullptr, .offset = (const int8_t*)m.offsets,
           .ahead = std::max<int64_t>(1, FAR / stride)};
@@ -311,13 +309,13 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
   std::vector<Product> products;
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
-    const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, scaled(m)));
+    const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, m.scales));
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     const int64_t group = m.group ? m.group : m.K;                                                 // 0 with scales: the row
-    Product p{job, m.N, m.K, block, job.x, scaled(m) ? group : 0, first_panel<W>(m)};
+    Product p{job, m.N, m.K, block, job.x, m.scales ? group : 0, first_panel<W>(m)};
 #ifdef BYTE_DOT
     if constexpr (std::is_same_v<X, int8_t>) {
-      const int32_t excess = std::is_same_v<W, Int4> && m.headed ? HEAD_EXCESS : W::BIAS;
+      const int32_t excess = std::is_same_v<W, Int4> && p.groups.heads ? HEAD_EXCESS : W::BIAS;
       p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, excess, p.rounding, team);
     } else
 #endif
@@ -325,7 +323,7 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
       const auto dtype = c10::CppTypeToScalarType<X>::value;
       if (type != dtype) p.kept = at::from_blob((void*)job.x, {M, m.K}, type).to(dtype);
       const X* x = (const X*)(p.kept.defined() ? p.kept.data_ptr() : job.x);
-      if (m.offsets || m.headed) p.x_sum = group_sums(x, M, m.K, p.group, block, team);
+      if (p.groups.offsets()) p.x_sum = group_sums(x, M, m.K, p.group, block, team);
       if (M > 1) p.kept = arrange(x, M, m.K, block, team);
     }
     if (p.kept.defined()) p.arranged = p.kept.data_ptr();
@@ -386,8 +384,10 @@ Matrix matrix(const at::Tensor& w, const Optional& scales, const Optional& offse
     const int64_t each = group ? group * input + HEAD : nbytes, rest = nbytes % each;
     K = group ? nbytes / each * group + (rest ? (rest - HEAD) / input : 0) : (nbytes - HEAD) / input;
   }
-  return {N, K, bits, group, w.const_data_ptr(), scales ? scales->const_data_ptr() : nullptr,
-          scales ? (int64_t)scales->scalar_type() : 0, offsets ? offsets->const_data_ptr() : nullptr, headed};
+  const int64_t kind = scales ? (int64_t)scales->scalar_type() : 0;
+  const int64_t least = !headed ? -1 : kind == (int64_t)at::kInt ? *(const int32_t*)scales->const_data_ptr() : 0;
+  return {N, K, bits, group, w.const_data_ptr(), scales ? scales->const_data_ptr() : nullptr, kind,
+          offsets ? offsets->const_data_ptr() : nullptr, least};
 }
 
 // x [M, K or what was padded to K], in one piece.

@@ -11,9 +11,10 @@
 // high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 16 inputs by a scale of their
 // own (llama.cpp: 32); what is lost is measured in the README.
 // A weight is (value + offset) * scale, where value is the int8, or the nibble less 8. Scales and offsets are
-// [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, 12 bits of a bfloat16
-// in two parts, and 16 of offsets -7 ... 8. That is one stream, which the processor itself reads ahead a seventh faster than
-// three. Scales that do not fit are beside it; with offsets that do not there are no heads. (Floats of 4 bits have no offsets.)
+// [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, in two parts the 12 bits
+// by which a bfloat16's are more than the weight's `least`, and 16 of offsets -7 ... 8. That is one stream, which the processor
+// itself reads ahead a seventh faster than three. Scales of another kind are beside it; with offsets that do not fit there are
+// no heads. (Floats of 4 bits have no offsets.)
 // x comes as blocks of up to 12 rows (4 where int8 and int4 become floats on the way), [K / 2][rows][2]: one stream too.
 //
 // Where the instruction set lacks that dot product (or x is float32), the same loops run on floats, 16 at a time, in
@@ -34,14 +35,13 @@ constexpr int PANEL = 32, UNIT = 8;
 template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
 constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
 constexpr int64_t HEAD = 64;                    // bytes of a group's scales and offsets, where they lie before its weights
-constexpr uint32_t LEAST_SCALE = 0x3000;        // 2^-31 in bfloat16, the smallest scale of a head; the largest is less than 2
 constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's offset, added up, are too large by
 
 // Bytes that are asked for before they are needed, as measured; 0: the processor's own reading ahead is as good, of few bytes
 // for much arithmetic. Only the second cache is asked: the first has few requests open at a time, and what floods it holds up
 // what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD = W::HALF == 64 ? (R > 1 ? 2 * FAR : 0) :
+template <class W, int R> constexpr int64_t AHEAD = W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
     R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : R <= 2 ? FAR / 2 : FAR / 4;
 inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
 
@@ -177,6 +177,7 @@ struct alignas(64) Groups {
   int64_t stride, nbytes;             // from one group's weights to the next one's, or from head to head; a panel's
   const uint8_t* heads;               // the first one, or null
   const Rounding* rounding;
+  uint32_t least;                     // the smallest scale of a head, as a float's bits
   const at::BFloat16* scale16;
   const float* scale;
   const int8_t* offset;
@@ -199,7 +200,7 @@ struct alignas(64) Groups {
     if (!heads) return floats{} + 1.0f;
     const uint8_t* head = heads + i * stride;
     const words low = load_bytes(head + 16 * half) << 16, high = load_bytes(head + 32) << (half ? 20 : 24) & 0xf000000u;
-    return (floats)(low | high | LEAST_SCALE << 16);
+    return (floats)((low | high) + least);
   }
   inline bool offsets() const { return heads || offset; }
   inline ints offsets(int64_t i, int half) const {

@@ -146,7 +146,7 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
         offsets[1], values[1] = -8, 7                      # one that does not fit
     scales = torch.full((N, K // 32), 0.5, dtype=torch.float16 if beside == 1 else torch.bfloat16)
     packed = cpu.pack_scaled(values if bits == 8 else (values + 8).to(torch.uint8), scales, offsets, bits, 32)
-    assert sum(t is not None for t in packed[1:]) == beside
+    assert (packed[1].dtype == torch.int32) == (beside == 0) and (packed[2] is None) == (beside < 2)
     for M in (1, 2, 5, 8, 9, 32):
         x = inputs(M, K, torch.bfloat16) * torch.logspace(-3, 3, M)[:, None].bfloat16()
         y = cpu.linear(x, *packed, N, bits, 32)
@@ -221,10 +221,10 @@ def test_the_portable_kernel_agrees(group, tmp_path):
 
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("kind, lowest, least, beside", [
-    (Int4Linear, -7, 2 ** -31, 0), (Int4Linear, -8, 2 ** -31, 2), (Int4Linear, -7, 2 ** -32, 1),
-    (Fp4Linear, None, 2 ** -31, 0), (Int4Linear, None, 2 ** -31, 0), (Int4Linear, None, -1.0, 1)])
+    (Int4Linear, -7, 2 ** -31, ()), (Int4Linear, -8, 2 ** -31, ("scales", "offsets")), (Int4Linear, -7, -1.0, ("scales",)),
+    (Fp4Linear, None, 2 ** -31, ()), (Int4Linear, None, 2 ** -31, ()), (Int4Linear, None, -1.0, ("scales",))])
 def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, lowest, least, beside):
-    """GPTQ files have zero points of 1 ... 16, and 16 is no nibble; a scale has 12 bits. The last group may be short."""
+    """GPTQ files have zero points of 1 ... 16, and 16 is no nibble; 12 bits are 32 powers of two. The last group may be short."""
     if not cpu.available():
         pytest.skip("there is no C++ compiler")
     layer = kind(168, 100, group, zeros=lowest is not None)
@@ -237,7 +237,7 @@ def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, low
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     w = layer.dequantize()
     layer.pack()
-    assert sum(t is not None for t in (layer.packed_scales, layer.packed_offsets)) == beside
+    assert (layer.packed_scales.dtype == torch.int32) == (not beside) and (layer.packed_offsets is None) == ("offsets" not in beside)
     ids = torch.tensor([[99, 5]])
     assert torch.equal(layer.dequantize(), w) and torch.equal(layer.dequantize(ids), w[ids])
     for M, dtype in ((1, torch.float32), (40, torch.bfloat16), (5, torch.bfloat16)):
@@ -246,6 +246,21 @@ def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, low
     layer.unpack_from_kernel()
     assert before.keys() == layer.state_dict().keys()
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+def test_a_scale_that_is_nothing_beside_the_largest():
+    """Rows that were never trained: their scales, some 1e-25, become 2^-32 of the largest one."""
+    if not cpu.available():
+        pytest.skip("there is no C++ compiler")
+    w = weight(64, 96)
+    w[40] *= 1e-25
+    layer = Int4Linear.quantize(w, 32)
+    before = layer.dequantize()
+    layer.pack()
+    after = layer.dequantize()
+    assert layer.packed_scales.dtype == torch.int32 and layer(inputs(2, 96, torch.bfloat16)).isfinite().all()
+    after[40], before[40] = after[40] / w.abs().max() < 1e-8, True
+    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
