@@ -169,7 +169,7 @@ def pack_scaled(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: in
     if bits == 8 or offsets is not None and (offsets.amin() < -7 or offsets.amax() > 8):
         return pack(values, bits), pack_groups(scales), None if offsets is None else pack_groups(offsets)
     codes = scales.view(torch.int16) if scales.dtype == torch.bfloat16 else torch.full(scales.shape, -1)
-    if codes.amin() < 0:                # or one is negative
+    if codes.amin() < 0 or codes.amax() >= 0x7f80:              # of another kind, negative, infinite or NaN
         return pack(values, bits, group, pack_heads(codes, offsets)), pack_groups(scales), None
     least = (codes.amax() - 0xfff).clamp(min=0).int()
     return pack(values, bits, group, pack_heads((codes - least).clamp(min=0), offsets)), least.view(1), None

@@ -263,6 +263,18 @@ def test_a_scale_that_is_nothing_beside_the_largest():
     assert torch.equal(after, before)
 
 
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+def test_a_broken_scale_spoils_no_other(scale):
+    """The largest sets what the others are counted from, and nothing is counted from these."""
+    if not cpu.available():
+        pytest.skip("there is no C++ compiler")
+    layer = Int4Linear.quantize(weight(64, 96), 32)
+    layer.scales[40, 1] = scale
+    before = layer.dequantize()
+    layer.pack()
+    torch.testing.assert_close(layer.dequantize(), before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_head_is_what_panel_h_says(groups):
     numbers = torch.arange(40 * groups).view(40, groups)
