@@ -31,7 +31,8 @@ constexpr bool QUANTIZED = false;
 constexpr bool QUANTIZED = true;
 #endif
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
-constexpr int64_t DIRECT = 32;                  // up to so many rows unpack weights as they go, more unpack them once
+constexpr int64_t DIRECT = 32;                  // up to so many rows of x not rounded unpack weights as they go, more do it once
+constexpr int64_t MANY = 512;                   // rows that all weights meet before the next: more would not stay in the caches
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
 // ---- products ------------------------------------------------------------------------------------------------------
@@ -346,7 +347,14 @@ bool round_activations(bool wanted) {
 #endif
 }
 
-void multiply_all(std::vector<Job> jobs, at::ScalarType type, Team* team = nullptr) {
+void multiply_all(const std::vector<Job>& given, at::ScalarType type, Team* team = nullptr) {
+  std::vector<Job> jobs;
+  for (const Job& job : given)
+    for (int64_t m = 0; m < job.M; m += MANY) {
+      const Matrix& w = job.matrix;
+      const int64_t nbytes = c10::elementSize(type);
+      jobs.push_back({w, (const char*)job.x + m * w.K * nbytes, std::min(MANY, job.M - m), (char*)job.y + m * w.N * nbytes});
+    }
   const int64_t bits = jobs[0].matrix.bits;
   const auto by_kind = [&](auto zero) {
     using X = decltype(zero);
@@ -359,13 +367,10 @@ void multiply_all(std::vector<Job> jobs, at::ScalarType type, Team* team = nullp
   };
 #if defined(BYTE_DOT) && !defined(BFLOAT16_ONLY)
   if (type == at::kBFloat16 && bits != 16 && rounded_activations && jobs[0].matrix.group % BLOCK == 0) {
-    const auto many = std::stable_partition(jobs.begin(), jobs.end(), [](const Job& job) { return job.M <= DIRECT; });
-    const std::vector<Job> few(jobs.begin(), many);
-    jobs.erase(jobs.begin(), many);
-    if (bits == 8 && !few.empty()) multiply_as<Int8, int8_t>(few, type, team);
-    if (bits == 4 && !few.empty()) multiply_as<Int4, int8_t>(few, type, team);
-    if (bits == FP4 && !few.empty()) multiply_as<Fp4, int8_t>(few, type, team);
-    if (jobs.empty()) return;
+    if (bits == 8) multiply_as<Int8, int8_t>(jobs, type, team);
+    if (bits == 4) multiply_as<Int4, int8_t>(jobs, type, team);
+    if (bits == FP4) multiply_as<Fp4, int8_t>(jobs, type, team);
+    return;
   }
 #endif
 #ifdef BFLOAT16_DOT

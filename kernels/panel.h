@@ -8,8 +8,8 @@
 //     int8       [panel][unit][half][2 quads][16 outputs][4]    256 bytes a unit: a byte less 128 is the value
 //     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
 // A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
-// high nibbles are as they lie. For it, up to 32 rows of bfloat16 x are rounded to int8, 16 inputs by a scale of their
-// own (llama.cpp: 32); what is lost is measured in the README.
+// high nibbles are as they lie. For it, x in bfloat16 is rounded to int8, 16 inputs by a scale of their own (llama.cpp: 32);
+// what is lost is measured in the README.
 // A weight is (value + offset) * scale, where value is the int8, or the nibble less 8. Scales and offsets are
 // [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, in two parts the 12 bits
 // by which a bfloat16's are more than the weight's `least`, and 16 of offsets -7 ... 8. That is one stream, which the processor

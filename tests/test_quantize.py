@@ -94,7 +94,7 @@ def path(request, monkeypatch):
 
 
 def rounded(x):
-    """What the kernel makes of few rows of bfloat16: 16 inputs share a scale, by which they become -127 ... 127."""
+    """What the kernel makes of bfloat16: 16 inputs share a scale, by which they become -127 ... 127."""
     blocks = F.pad(x.float(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
     scale = blocks.abs().amax(-1, keepdim=True) * (1 / 127)
     return ((blocks / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :x.shape[-1]]
@@ -111,7 +111,7 @@ def test_every_path_multiplies_the_dequantized_weights(kind, group, K, dtype, pa
     layer.pack()
     for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 33, 70):
         x = inputs(M, K, dtype)
-        seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 and M <= 32 else x.float()
+        seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 else x.float()
         close(layer(x.view(M, 1, K)).view(M, -1), seen @ w.t(), dtype)
     ids = torch.tensor([[0, 47, 3], [16, 15, 1]])
     assert torch.equal(layer(ids), w[ids].to(dtype))
@@ -147,14 +147,14 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
     scales = torch.full((N, K // 32), 0.5, dtype=torch.float16 if beside == 1 else torch.bfloat16)
     packed = cpu.pack_scaled(values if bits == 8 else (values + 8).to(torch.uint8), scales, offsets, bits, 32)
     assert (packed[1].dtype == torch.int32) == (beside == 0) and (packed[2] is None) == (beside < 2)
-    for M in (1, 2, 5, 8, 9, 32):
+    for M in (1, 2, 5, 8, 9, 32, 100):
         x = inputs(M, K, torch.bfloat16) * torch.logspace(-3, 3, M)[:, None].bfloat16()
         y = cpu.linear(x, *packed, N, bits, 32)
         assert not y[:, [0, *range(2, N)]].any() and y[:, 1].all()
 
 
 @pytest.mark.parametrize("kind, group", [(Int8Linear, 0), (Int4Linear, 32), (Fp4Linear, 32)])
-@pytest.mark.parametrize("M", [1, 3, 12, 13, 31])
+@pytest.mark.parametrize("M", [1, 3, 12, 13, 31, 100, 1030])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
 def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, path):
     """Half a step in 127 of a block's largest input; and a row's bits are the same alone and among others."""
@@ -172,7 +172,7 @@ def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, pat
     close(y, rounded(x) @ w.t(), torch.bfloat16)
     blocks = F.pad(x.float().abs(), (0, -K % 16)).unflatten(-1, (-1, 16)).amax(-1).repeat_interleave(16, -1)[:, :K]
     assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
-    assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(M))
+    assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(0, M, max(1, M // 40)))
 
 
 def test_an_operator_that_is_missing_is_told_once(monkeypatch, capsys):
@@ -242,7 +242,7 @@ def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, low
     assert torch.equal(layer.dequantize(), w) and torch.equal(layer.dequantize(ids), w[ids])
     for M, dtype in ((1, torch.float32), (40, torch.bfloat16), (5, torch.bfloat16)):
         x = inputs(M, 168, dtype)
-        close(layer(x), (rounded(x) if dtype == torch.bfloat16 and M < 33 else x.float()) @ w.t(), dtype)
+        close(layer(x), (rounded(x) if dtype == torch.bfloat16 else x.float()) @ w.t(), dtype)
     layer.unpack_from_kernel()
     assert before.keys() == layer.state_dict().keys()
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
