@@ -74,7 +74,7 @@ struct Product : Job {
   int64_t group;                      // 0: no scales
   Groups groups;                      // the first panel
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
-  std::vector<Rounding> rounding;     // the same, [K / 16][rows]
+  std::vector<Rounding> rounding;     // the same, [K / 32][rows]
   at::Tensor kept;                    // what `arranged` points to
 };
 
@@ -228,29 +228,27 @@ template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t 
 // n inputs, at most 16 blocks -> int8 in the order of quads, and how each block was rounded. From one quad and one block to
 // the next it is `stride` of them.
 void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t excess, int32_t* quads, Rounding* rounding) {
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   alignas(64) at::BFloat16 padded[LANES * BLOCK];
   if (n < LANES * BLOCK) {
     std::fill(std::copy_n(x, n, padded), padded + LANES * BLOCK, at::BFloat16(0));
     x = padded;
   }
+  const auto larger = [](floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); };
+  const auto size = [&](int64_t i) { return (floats)_mm512_abs_ps((__m512)load16(x + i)); };
   floats v[LANES];
-  for (int j = 0; j < LANES; j++) v[j] = (floats)_mm512_abs_ps((__m512)load16(x + j * BLOCK));
-  const floats most = fold(v, [](floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); });
-  const floats scale = most * (1 / 127.0f), inverse = most > 0 ? 127 / most : 0;
-  for (int j = 0; j < LANES; j++) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(load16(x + j * BLOCK) * inverse[j]));
+  for (int j = 0; j < LANES; j++) v[j] = larger(size(j * BLOCK), size(j * BLOCK + LANES));
+  const floats most = fold(v, larger), scale = most * (1 / 127.0f), inverse = most > 0 ? 127 / most : 0;
+  for (int i = 0; i < 2 * LANES; i++, quads += 4 * stride) {                // two vectors a block
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(load16(x + i * LANES) * inverse[i / 2]));
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const __m128i four = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order);
-    v[j] = (floats)_mm512_cvtepi32_ps(whole);
+    v[i / 2] = (i % 2 ? v[i / 2] : floats{}) + (floats)_mm512_cvtepi32_ps(whole);
     alignas(16) int32_t quad[4];
     write(quad, four);
-    if (j < blocks && stride == 1 && n % BLOCK == 0) write(quads + 4 * j, four);
-    else
-      for (int i = 0; i < 4 && j * BLOCK + 4 * i < n; i++) quads[(4 * j + i) * stride] = quad[i];
+    for (int q = 0; q < 4 && i * LANES + 4 * q < n; q++) quads[q * stride] = quad[q];
   }
   const ints zero = __builtin_convertvector(fold(v, [](floats a, floats b) { return a + b; }), ints) * -excess;
-  for (int j = 0; j < blocks; j++) rounding[j * stride] = {scale[j], zero[j]};
+  for (int j = 0; j * BLOCK < n; j++) rounding[j * stride] = {scale[j], zero[j]};
 }
 
 // x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
@@ -261,7 +259,7 @@ at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block
   int32_t* quads = (int32_t*)out.data_ptr();
   rounding.resize(M * count);
   const int64_t steps = (K + step - 1) / step;
-  share(team, M * steps, 4, [&](int64_t begin, int64_t end) {
+  share(team, M * steps, 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t m = i / steps, k = i % steps * step;
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;

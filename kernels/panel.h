@@ -8,8 +8,8 @@
 //     int8       [panel][unit][half][2 quads][16 outputs][4]    256 bytes a unit: a byte less 128 is the value
 //     int4       [panel][unit][half][16 outputs][2]             128 bytes a unit: 16-bit lanes, a nibble a pair
 // A quad is four inputs, 0 4 1 5 or 2 6 3 7 of a unit: the operand of the dot product of bytes, which int4's low and
-// high nibbles are as they lie. For it, x in bfloat16 is rounded to int8, 16 inputs by a scale of their own (llama.cpp: 32);
-// what is lost is measured in the README.
+// high nibbles are as they lie. For it, x in bfloat16 is rounded to int8, 32 inputs by a scale of their own; what is lost is
+// measured in the README.
 // A weight is (value + offset) * scale, where value is the int8, or the nibble less 8. Scales and offsets are
 // [panel][group][32]. But of 4 bits each group begins with a head of 64 bytes: 32 + 16 bytes of scales, in two parts the 12 bits
 // by which a bfloat16's are more than the weight's `least`, and 16 of offsets -7 ... 8. That is one stream, which the processor
@@ -33,7 +33,7 @@ constexpr int PANEL = 32, UNIT = 8;
 // Rows of x that are multiplied at once: 12 rows x 2 halves make 24 sums in 32 registers; of bytes, 32 rows are four even
 // blocks.
 template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
-constexpr int64_t BLOCK = 16;                   // inputs of x that share a scale
+constexpr int64_t BLOCK = 32;                   // inputs of x that share a scale
 constexpr int64_t HEAD = 64;                    // bytes of a group's scales and offsets, where they lie before its weights
 constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's offset, added up, are too large by
 
@@ -41,8 +41,10 @@ constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's of
 // for much arithmetic. Only the second cache is asked: the first has few requests open at a time, and what floods it holds up
 // what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD = W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
-    R > (W::HALF == 256 ? 4 : 2) ? FAR * 3 / 2 : R <= 2 ? FAR / 2 : FAR / 4;
+template <class W, int R> constexpr int64_t AHEAD =
+    W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
+    W::HALF == 128 ? (R > 4 ? FAR * 3 / 2 : R > 1 ? 0 : FAR / 2) :
+    R > 4 ? FAR * 3 / 2 : R > 2 ? FAR / 4 : FAR / 2;
 inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -165,7 +167,7 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
   }
 }
 
-// Of 16 inputs of x as int8: what they were divided by, and what their sum of products starts from, since weights' bytes are
+// Of a block of x as int8: what they were divided by, and what their sum of products starts from, since weights' bytes are
 // too large.
 struct Rounding { float scale; int32_t zero; };
 
@@ -287,7 +289,7 @@ void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
             if (apart)                        // a product of 16-bit halves, the upper ones times zero
               dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
           }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
 #pragma GCC unroll 4
           for (int line = 0; line < 2 * W::HALF && AHEAD<W, R> && first == 0; line += 64) fetch(unit + AHEAD<W, R> + line);
@@ -313,8 +315,9 @@ void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
       };
       const int64_t units = std::min(g.units, g.all - i * g.units);
       const auto blocks = [&](auto apart) {
-        for (int64_t u = 0; u + 2 <= units; u += 2) block(std::integral_constant<int, BLOCK / UNIT>(), apart);
-        if (units % 2) block(std::integral_constant<int, 1>(), apart);
+        constexpr int64_t whole = BLOCK / UNIT;
+        for (int64_t u = 0; u + whole <= units; u += whole) block(std::integral_constant<int, whole>(), apart);
+        if (units % whole) block(units % whole, apart);
       };
       g.offset ? blocks(std::true_type()) : blocks(std::false_type());
       for (int h = 0; h < H; h++) {

@@ -94,8 +94,8 @@ def path(request, monkeypatch):
 
 
 def rounded(x):
-    """What the kernel makes of bfloat16: 16 inputs share a scale, by which they become -127 ... 127."""
-    blocks = F.pad(x.float(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    """What the kernel makes of bfloat16: 32 inputs share a scale, by which they become -127 ... 127."""
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
     scale = blocks.abs().amax(-1, keepdim=True) * (1 / 127)
     return ((blocks / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :x.shape[-1]]
 
@@ -167,10 +167,10 @@ def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, pat
     w = layer.dequantize()
     layer.pack()
     x = inputs(M, K, torch.bfloat16)
-    x[0, :16], x[0, 16:32], x[0, 40] = 0, 1e-30, 300
+    x[0, :32], x[0, 32:64], x[0, 70] = 0, 1e-30, 300
     y = layer(x)
     close(y, rounded(x) @ w.t(), torch.bfloat16)
-    blocks = F.pad(x.float().abs(), (0, -K % 16)).unflatten(-1, (-1, 16)).amax(-1).repeat_interleave(16, -1)[:, :K]
+    blocks = F.pad(x.float().abs(), (0, -K % 32)).unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)[:, :K]
     assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
     assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(0, M, max(1, M // 40)))
 
