@@ -233,7 +233,8 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t exce
     std::fill(std::copy_n(x, n, padded), padded + LANES * BLOCK, at::BFloat16(0));
     x = padded;
   }
-  const auto larger = [](floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); };
+  // compared as whole numbers, of which NaN's is the largest: it is not lost
+  const auto larger = [](floats a, floats b) { return (floats)_mm512_max_epi32((__m512i)a, (__m512i)b); };
   const auto size = [&](int64_t i) { return (floats)_mm512_abs_ps((__m512)load16(x + i)); };
   floats v[LANES];
   for (int j = 0; j < LANES; j++) v[j] = larger(size(j * BLOCK), size(j * BLOCK + LANES));

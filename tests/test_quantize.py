@@ -173,6 +173,9 @@ def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, pat
     blocks = F.pad(x.float().abs(), (0, -K % 32)).unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)[:, :K]
     assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
     assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(0, M, max(1, M // 40)))
+    x[0, 40], x[M // 2, K - 1] = math.inf, math.nan
+    z = layer(x)
+    assert not z[0].isfinite().any() and z[M // 2].isnan().all() and torch.equal(z[M // 2 + 1:], y[M // 2 + 1:])
 
 
 def test_an_operator_that_is_missing_is_told_once(monkeypatch, capsys):
