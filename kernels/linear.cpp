@@ -74,7 +74,7 @@ struct Product : Job {
   int64_t group;                      // 0: no scales
   Groups groups;                      // the first panel
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
-  std::vector<Rounding> rounding;     // the same, [K / 32][rows]
+  std::vector<Rounding> rounding;     // the same, [K / BLOCK][rows]
   at::Tensor kept;                    // what `arranged` points to
 };
 

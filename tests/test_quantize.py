@@ -109,7 +109,7 @@ def test_every_path_multiplies_the_dequantized_weights(kind, group, K, dtype, pa
     layer.dtype = dtype
     w = layer.dequantize()
     layer.pack()
-    for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 33, 70):
+    for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 33, 70, 530):
         x = inputs(M, K, dtype)
         seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 else x.float()
         close(layer(x.view(M, 1, K)).view(M, -1), seen @ w.t(), dtype)
@@ -318,7 +318,7 @@ def test_packed_bfloat16_equals_linear(N, K):
         pytest.skip("there is no C++ compiler")
     w, b = weight(max(N, 5), K, torch.bfloat16)[:N], inputs(1, N, torch.bfloat16)[0]
     layer = cpu.PackedLinear(w, b)
-    for M in (1, 4, 12, 33, 100):
+    for M in (1, 4, 12, 33, 100, 530):
         x = inputs(M, K, torch.bfloat16)
         close(layer(x), F.linear(x.float(), w.float(), b.float()), torch.bfloat16)
     assert torch.equal(cpu.PackedTable(w)(torch.arange(N)), w)
