@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -34,8 +34,8 @@ import tp
 from checkpoint import (end_ids, free_memory, load_checkpoint, pick_dtype, read_generation_config, resolve,
                         weight_bytes)
 from experts import pack_part
-from kernels.cpu import NarrowRows, available
-from kernels.cpu_block import one_call
+from kernels.cpu import NarrowRows, available, one_row_matmul, unpacked
+from kernels.cpu_block import draws, one_call
 from model import Transformer
 from sampling import Sampler, Sampling
 from tokenizer import Tokenizer, load_tokenizer
@@ -119,19 +119,6 @@ def conditions(guards: list) -> list[bool]:
             "ropes'" in g.name or not (".step." in g.name or "_modules" in g.name or g.name.startswith("G[")) for g in guards]
 
 
-def unpacked(model: Transformer) -> bool:
-    """No kernel of ours serves: there is none, or not for this dtype."""
-    return isinstance(model.layers[0].attention.wo, torch.nn.Linear)
-
-
-def one_row_matmul(model: Transformer, rows: int) -> AbstractContextManager:
-    """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
-    faster. Packed weights need neither."""
-    if rows == 1 and unpacked(model):
-        return torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
-    return nullcontext()
-
-
 def bucket(n: int) -> int:
     """The slots attended to when n are filled, or allocated for n: a power of two, at least BUCKET."""
     return max(BUCKET, 1 << (n - 1).bit_length())
@@ -206,12 +193,15 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
         yield from steps.blocks(model, steps, tokens, input_pos, filled, n, sampler, ends)
         return
     key_pos, first = attended(model, filled), input_pos[:, None]
+    at_once = steps.decode is decode and draws(model, tokens, sampler)
     for i in range(n):
         if filled + i > key_pos.shape[0]:
             key_pos = attended(model, filled + i)
-        with one_row_matmul(model, len(tokens)):
-            logits = steps.decode(model, tokens[:, None], first + i, key_pos)
-        tokens = sampler(logits)
+        if at_once:
+            tokens = model.step.next(tokens, input_pos, i, key_pos.shape[0], sampler)
+        else:
+            with one_row_matmul(model, len(tokens)):
+                tokens = sampler(steps.decode(model, tokens[:, None], first + i, key_pos))
         yield tokens
 
 

@@ -68,7 +68,7 @@ def choices(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Choices:
     """Logits [B, V] float32 -> what an id is drawn from. seen [B, V] bool: ids in prompt or output.
 
     With top_k only its ids, and room for ties with the last, are looked at further, and have noise drawn for
-    them: on a vocabulary of 128 k that takes a quarter of the time.
+    them: on a vocabulary of 128 k that takes a quarter of the time. On a CPU a kernel does all of it in a tenth: kernels/draw.h.
     """
     V = logits.shape[-1]
     if s.repetition_penalty != 1.0:
@@ -108,7 +108,8 @@ class Sampler:
     """Draws one id per row. Each row has its own generator, so its text does not depend on its neighbours."""
 
     def __init__(self, settings: Sampling, prompts: list[list[int]], vocab_size: int, device: torch.device):
-        self.settings = settings
+        self.settings, self.noises = settings, min(settings.top_k + TIES, vocab_size)
+        self.known = settings.temperature == 0 or 0 < settings.top_k < vocab_size          # to kernels/draw.h
         self.generators = [torch.Generator(device).manual_seed((settings.seed * 65537 + row) % 2 ** 63)
                            for row in range(len(prompts))]
         self.seen = None
@@ -135,12 +136,20 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, V] -> ids [B], without a host sync: argmax of p / Exp(1) draws from p (the Gumbel-max
         trick)."""
+        if self.known and cpu.draws(logits):
+            return ranks.agree(torch.ops.cpu_step.draw(logits, *self.orders()))
         if self.settings.temperature == 0 and self.seen is None:
-            return ranks.agree(cpu.argmax(logits))
+            return ranks.agree(logits.argmax(-1))
         ids = self.draw(choices(logits, self.settings, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         return ids
+
+    def orders(self) -> tuple:
+        """What a kernel that draws is told beside the logits: noise for one step, ids seen, settings."""
+        s = self.settings
+        noise = None if s.temperature == 0 else self.uniform(self.noises)
+        return noise, self.seen, s.top_k, s.temperature, s.top_p, s.min_p, s.repetition_penalty
 
     def draw(self, among: Choices) -> Tensor:
         """One of each row's ids [B, C], each as likely as its share of the row's weights -> [B]."""
@@ -152,7 +161,5 @@ class Sampler:
 
     def uniform(self, n: int) -> Tensor:
         """Numbers [B, n] in [0, 1), so that no log of theirs is 0; each row's from its own generator."""
-        numbers = torch.empty(len(self.generators), n, device=self.generators[0].device)
-        for row, generator in zip(numbers, self.generators):
-            row.uniform_(generator=generator)
-        return numbers
+        rows = [torch.rand(1, n, generator=generator, device=generator.device) for generator in self.generators]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)

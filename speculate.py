@@ -27,7 +27,7 @@ from torch import Tensor
 
 import ranks
 from generate import (PAD, Row, Steps, attended, compile_step, decode_n_tokens, generate_rows, make_room,
-                      one_row_matmul, rows_for, run_prefill, symbolic)
+                      rows_for, run_prefill, symbolic)
 from kernels import cpu
 from kernels.cpu_block import one_call
 from model import Transformer
@@ -80,7 +80,7 @@ def draft_tokens(model: Transformer, step: Callable, history: Tensor, input_pos:
     tokens, seen = known_to(model, history.gather(1, at)), sampler.seen
     ids, q = [], []
     for _ in range(k):
-        with one_row_matmul(model, tokens.numel()):
+        with cpu.one_row_matmul(model, tokens.numel()):
             logits = fit(step(model, tokens, at, key_pos), vocab_size)
         if takes_the_best(sampler):
             ids.append(ranks.agree(cpu.argmax(logits)))
@@ -344,7 +344,7 @@ class Speculation:
             if k == 0:
                 if self.draft is None:
                     sampler.uniform(self.pace.most)     # a row's noise must not depend on other rows' finds
-                with one_row_matmul(model, len(rows)):
+                with cpu.one_row_matmul(model, len(rows)):
                     logits = steps.decode(model, tokens[:, None], input_pos[:, None], key_pos)
                 ids, accepted = sampler(logits)[:, None], torch.zeros_like(input_pos)
             else:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attentio
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
-HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h")
+HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h", "draw.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -414,8 +415,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def argmax(x: Tensor) -> Tensor:
     """x [..., V] -> [...]: x.argmax(-1), but for NaN."""
-    by_kernel = x.device.type == "cpu" and x.dtype == torch.float32 and LOADED.get(PLAIN[2])
-    return torch.ops.cpu_step.argmax(x) if by_kernel else x.argmax(-1)
+    return torch.ops.cpu_step.argmax(x) if draws(x) else x.argmax(-1)
+
+
+def draws(logits: Tensor) -> bool:
+    """Whether step.cpp picks ids of such logits."""
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and bool(LOADED.get(PLAIN[2]))
+
+
+def unpacked(model: nn.Module) -> bool:
+    """No kernel of ours serves: there is none, or not for this dtype."""
+    return isinstance(model.layers[0].attention.wo, nn.Linear)
+
+
+def one_row_matmul(model: nn.Module, rows: int) -> AbstractContextManager:
+    """oneDNN multiplies one bfloat16 row at two thirds of PyTorch's own speed, and many rows several times
+    faster. Packed weights need neither."""
+    if rows == 1 and unpacked(model):
+        return torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
+    return nullcontext()
 
 
 class NarrowRows(TorchFunctionMode):

@@ -17,6 +17,7 @@ from torch import Tensor
 import ranks
 from kernels import cpu
 from model import ACTIVATIONS, Attention, FeedForward, RMSNorm, TokenTable, Transformer, TransformerBlock
+from sampling import Sampler
 
 KNOWN = (None, ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"])                        # by their numbers in step.cpp
 SCALES = {torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}    # by theirs in c10/core/ScalarType.h
@@ -49,6 +50,11 @@ class WholeStep:
         """Transformer.forward with caches: tokens, input_pos [B, T], logits_at [B, n] -> logits [B, T or n, V]."""
         return torch.ops.cpu_step.step(tokens, input_pos, self.forms, self.ends, slots, logits_at, self.vocabulary)
 
+    def next(self, tokens: Tensor, input_pos: Tensor, ahead: int, slots: int, sampler: Sampler) -> Tensor:
+        """A step of one token a row, and the draw: tokens [B] at input_pos [B] + ahead -> ids [B]. What Python and PyTorch do
+        between two steps has left the caches by the time it is needed again: each operator there takes 30 microseconds."""
+        return torch.ops.cpu_step.next.default(tokens, input_pos, ahead, self.forms, self.ends, slots, self.vocabulary, *sampler.orders())
+
     def __reduce_ex__(self, protocol):
         return type(None), ()
 
@@ -56,6 +62,11 @@ class WholeStep:
 def one_call(model: Transformer | None, tokens: int = 1) -> bool:
     """Whether steps of so many tokens a row are."""
     return model is not None and model.step is not None and model.step.whole() and tokens <= model.step.most
+
+
+def draws(model: Transformer, tokens: Tensor, sampler: Sampler) -> bool:
+    """Whether model.step.next serves."""
+    return model.step is not None and model.step.takes(tokens[:, None]) and sampler.known
 
 
 class OneCall(TransformerBlock):

@@ -74,8 +74,8 @@ struct Product : Job {
   int64_t group;                      // 0: no scales
   Groups groups;                      // the first panel
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
-  std::vector<Rounding> rounding;     // the same, [K / BLOCK][rows]
-  at::Tensor kept;                    // what `arranged` points to
+  const Rounding* rounding;           // the same, [K / BLOCK][rows]
+  at::Tensor kept;                    // what `arranged` points to, where that is not `Rounded`
 };
 
 // Whether many rows meet weights that were unpacked for all of them.
@@ -143,7 +143,7 @@ void panel(const Product& p, Groups& g, Scratch& s) {
         multiply_rows<W, X>(rows, Rows(), xs, plain, y, first > 0);
       } else {
         g.x_sum = p.x_sum.data() + m * g.count;
-        g.rounding = p.rounding.data() + m * ((p.K + BLOCK - 1) / BLOCK);
+        g.rounding = p.rounding + m * ((p.K + BLOCK - 1) / BLOCK);
         multiply_rows<W, X>(rows, Rows(), xs, g, y, false);
       }
     }
@@ -252,23 +252,36 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t exce
   for (int j = 0; j * BLOCK < n; j++) rounding[j * stride] = {scale[j], zero[j]};
 }
 
+// Rows in int8, of the thread that called. They stay: to ask for memory takes as long as to round a row.
+struct Rounded {
+  std::vector<int32_t> quads;
+  std::vector<Rounding> rounding;
+
+  void make_room(int64_t rows, int64_t K) {
+    const int64_t n = rows * K / 4;
+    if (quads.size() > 1 << 22 && int64_t(quads.size()) > 8 * n) quads = {}, rounding = {};        // but not a prompt's
+    if (int64_t(quads.size()) < n) quads.resize(n);
+    if (int64_t(rounding.size()) < rows * blocks(K)) rounding.resize(rows * blocks(K));
+  }
+  static int64_t blocks(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
+};
+thread_local Rounded rounded;
+
 // x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
-at::Tensor round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, std::vector<Rounding>& rounding,
-                      Team* team) {
-  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK;
-  const at::Tensor out = at::empty({M * K}, at::kChar);
-  int32_t* quads = (int32_t*)out.data_ptr();
-  rounding.resize(M * count);
-  const int64_t steps = (K + step - 1) / step;
-  share(team, M * steps, 2, [&](int64_t begin, int64_t end) {
+void round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, int32_t* quads, Rounding* rounding, Team* team) {
+  const int64_t count = Rounded::blocks(K), step = LANES * BLOCK, steps = (K + step - 1) / step;
+  if (M == 1) {                       // the other threads have read what is there: ask for all of it back at once
+    for (int64_t k = 0; k < K; k += 64) __builtin_prefetch((int8_t*)quads + k, 1);
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Rounding)) __builtin_prefetch(rounding + i, 1);
+  }
+  share(team, M * steps, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t m = i / steps, k = i % steps * step;
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
       round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
-                   rounding.data() + first * count + k / BLOCK * rows + r);
+                   rounding + first * count + k / BLOCK * rows + r);
     }
   });
-  return out;
 }
 #endif
 
@@ -307,6 +320,12 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits, int64_t group,
 // Jobs whose matrices have one shape; x and y of `type`.
 template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::ScalarType type, Team* team) {
   std::vector<Product> products;
+  int64_t row = 0;
+  for (const Job& job : jobs) row += job.M;
+#ifdef BYTE_DOT
+  if (std::is_same_v<X, int8_t>) rounded.make_room(row, jobs[0].matrix.K);
+#endif
+  row = 0;
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
     const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, m.scales));
@@ -316,7 +335,10 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
 #ifdef BYTE_DOT
     if constexpr (std::is_same_v<X, int8_t>) {
       const int32_t excess = std::is_same_v<W, Int4> && p.groups.heads ? HEAD_EXCESS : W::BIAS;
-      p.kept = round_rows((const at::BFloat16*)job.x, M, m.K, block, excess, p.rounding, team);
+      int32_t* const quads = rounded.quads.data() + row * m.K / 4;
+      Rounding* const rounding = rounded.rounding.data() + row * Rounded::blocks(m.K);
+      round_rows((const at::BFloat16*)job.x, M, m.K, block, excess, quads, rounding, team);
+      p.arranged = quads, p.rounding = rounding, row += M;
     } else
 #endif
     {

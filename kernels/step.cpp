@@ -1,4 +1,4 @@
-// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries. And a block of
+// What a step does beside products and attention, on a CPU: norms, rotary embeddings, the cache's new entries, draws. And a block of
 // the model, or all of it, in one call, which has linear.cpp multiply and attention.cpp attend.
 //
 // What it is: what lies between the large kernels, a fifth of an uncompiled step's time and an eighth of a compiled one's
@@ -12,13 +12,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "calls.h"
+#include "draw.h"
 #include "vectors.h"
 
 namespace {
@@ -156,36 +156,50 @@ void keep(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const T
   copy(k, k_cache), copy(v, v_cache);
 }
 
-// x [..., V] float32 -> [...], where each row is largest; the first of several. NaN is passed over. (PyTorch's compares one by
-// one.)
+// x [..., V] float32 -> [...], where each row is largest; the first of several. NaN is passed over.
 Tensor argmax(const Tensor& input) {
   const Tensor x = whole(input);
   const int64_t V = x.size(-1), B = x.numel() / V;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1), strides(sizes.size(), 1);
   for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * sizes[i + 1];
   const Tensor out = make(aoti_torch_dtype_int64(), sizes, strides);
-  constexpr int64_t SOME = 4096;      // only where the largest is are places looked at
-  const auto largest_of = [](const float* row, int64_t n) {
-    floats most = floats{} - std::numeric_limits<float>::infinity();
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-      const floats v = load16(row + i);
-      most = v > most ? v : most;
-    }
-    float largest = *std::max_element((float*)&most, (float*)&most + LANES);
-    for (; i < n; i++) largest = std::max(largest, row[i]);
-    return largest;
-  };
-  for (int64_t b = 0; b < B; b++) {
-    const float* row = x.const_data_ptr<float>() + b * V;
-    float largest = -std::numeric_limits<float>::infinity();
-    int64_t first = 0;
-    for (int64_t i = 0; i < V; i += SOME)
-      if (const float here = largest_of(row + i, std::min(SOME, V - i)); here > largest) largest = here, first = i;
-    const int64_t place = std::find(row + first, row + V, largest) - row;
-    out.mutable_data_ptr<int64_t>()[b] = std::min(place, V - 1);          // V: there is nothing but NaN
-  }
+  for (int64_t b = 0; b < B; b++) out.mutable_data_ptr<int64_t>()[b] = first_largest(x.const_data_ptr<float>() + b * V, V);
   return out;
+}
+
+// What rows of logits [B, V] are drawn with.
+struct Draws {
+  Settings settings;
+  const float* noise;                 // [B, n]
+  int64_t n;                          // 0: the likeliest ids are taken
+  bool* seen;                         // [B, V], or null
+
+  Draws(int64_t B, int64_t V, const std::optional<Tensor>& noise, const std::optional<Tensor>& seen, int64_t top_k,
+        double temperature, double top_p, double min_p, double penalty)
+      : settings{top_k, float(temperature), float(top_p), float(min_p), float(penalty)},
+        noise(noise ? noise->const_data_ptr<float>() : nullptr), n(noise ? noise->size(1) : 0),
+        seen(seen ? seen->mutable_data_ptr<bool>() : nullptr) {
+    STD_TORCH_CHECK(!noise || (noise->is_contiguous() && noise->size(0) == B && 0 < top_k && top_k <= n && n <= V),
+                    "noise of another shape than the logits, or too little of it");
+    STD_TORCH_CHECK(!seen || (seen->is_contiguous() && seen->size(0) == B && seen->size(1) == V), "seen is of another shape than the logits");
+  }
+
+  void draw(const float* logits, int64_t B, int64_t V, int64_t* ids, Team* team) const {
+    share(team, B, std::max<int64_t>(1, 65536 / V), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++) ids[b] = draw_unseen(logits + b * V, V, settings, noise + b * n, n, seen ? seen + b * V : nullptr);
+    });
+  }
+};
+
+// logits [B, V] float32, noise [B, n] or none, seen [B, V] or none, and the fields of sampling.Sampling -> ids [B]
+Tensor draw(const Tensor& input, const std::optional<Tensor>& noise, const std::optional<Tensor>& seen, int64_t top_k,
+            double temperature, double top_p, double min_p, double penalty) {
+  const Tensor logits = whole(input);
+  const int64_t B = logits.size(0), V = logits.size(1);
+  const Draws draws(B, V, noise, seen, top_k, temperature, top_p, min_p, penalty);
+  const Tensor ids = make(aoti_torch_dtype_int64(), {B}, {1});
+  draws.draw(logits.const_data_ptr<float>(), B, V, ids.mutable_data_ptr<int64_t>(), nullptr);
+  return ids;
 }
 
 // ---- a block ------------------------------------------------------------------------------------------------------
@@ -439,40 +453,70 @@ struct Shared {
   }
 };
 
-// ids and pos [B, T], forms [layers, ...] and ends: Blocks and Ends; slots: those that are attended to -> logits [B, T, V]. With
-// columns [B, n]: of these tokens of each row, [B, n, V].
-Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, const Tensor& ends, int64_t slots,
-            const std::optional<Tensor>& columns, int64_t V) {
-  const Tensor tokens = whole(ids), pos = whole(positions), wanted = columns ? whole(*columns) : tokens;
-  const Ends& e = *(const Ends*)ends.const_data_ptr();
-  STD_TORCH_CHECK(ends.numel() * sizeof(int64_t) == sizeof(Ends) && V == e.head.N, "a form of another version");
-  const int64_t B = tokens.size(0), T = tokens.size(1), D = e.table.K, *id = tokens.const_data_ptr<int64_t>();
+// ids and s.pos [B, T] through Blocks `forms` and Ends `e` -> logits [B, n, V] of the tokens `columns` [B, n] of each row, or of
+// all; then f(team).
+template <class F> void run(const int64_t* ids, Step& s, const Tensor& forms, const Ends& e, const int64_t* columns, int64_t n, float* logits, const F& f) {
+  const int64_t B = s.B, T = s.T, D = s.D = e.table.K;
   for (int64_t i = 0; i < B * T; i++)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < e.table.N, "id ", id[i], " in a vocabulary of ", e.table.N);
-  STD_TORCH_CHECK(pos.size(0) == B && pos.size(1) == T && wanted.size(0) == B, "positions or columns of another number of rows or tokens");
-  Room& room = own;
-  Step s{B, T, D, slots, nullptr, pos.const_data_ptr<int64_t>(), nullptr, {T * slots, slots}, 0, nullptr, nullptr, &room};
+    TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < e.table.N, "id ", ids[i], " in a vocabulary of ", e.table.N);
+  for (int64_t i = 0; columns && i < B * n; i++) TORCH_CHECK_INDEX(columns[i] >= 0 && columns[i] < T, "token ", columns[i], " of ", T);
   check(forms, s);
   const Trim trim;
-  s.x = grow(room.x, B * T * D);
-  const int64_t n = wanted.size(1), *column = wanted.const_data_ptr<int64_t>();
-  for (int64_t i = 0; columns && i < B * n; i++) TORCH_CHECK_INDEX(column[i] >= 0 && column[i] < T, "token ", column[i], " of ", T);
-  const Tensor logits = make(aoti_torch_dtype_float32(), {B, n, V}, {n * V, V, 1});
-  float* const to = logits.mutable_data_ptr<float>();
+  Room& room = *(s.room = &own);
+  s.x = grow(room.x, B * T * D), s.mask_strides[0] = T * s.S, s.mask_strides[1] = s.S;
   Shared shared;
   Team::gather([&](Team* team) {
     s.team = team;
-    embed(e, id, B * T, s.x, team);
+    embed(e, ids, B * T, s.x, team);
     for (const Block *w = (const Block*)forms.const_data_ptr(), *end = w + forms.size(0); w < end; w++) {
       shared.point(*w, s);
       attention_half(*w, s);
       feed_forward_half(*w, s);
     }
     bfloat16* const chosen = columns ? grow(room.y, B * n * D) : s.x;
-    for (int64_t i = 0; columns && i < B * n; i++) std::copy_n(s.x + (i / n * T + column[i]) * D, D, chosen + i * D);
-    unembed(e, chosen, B * n, to, room, team);
+    for (int64_t i = 0; columns && i < B * n; i++) std::copy_n(s.x + (i / n * T + columns[i]) * D, D, chosen + i * D);
+    unembed(e, chosen, B * n, logits, room, team);
+    f(team);
   });
+}
+
+const Ends& ends_of(const Tensor& ends, int64_t V) {
+  const Ends& e = *(const Ends*)ends.const_data_ptr();
+  STD_TORCH_CHECK(ends.numel() * sizeof(int64_t) == sizeof(Ends) && V == e.head.N, "a form of another version");
+  return e;
+}
+
+// ids and pos [B, T], forms [layers, ...] and ends: Blocks and Ends; slots: those that are attended to -> logits [B, T, V]. With
+// columns [B, n]: of these tokens of each row, [B, n, V].
+Tensor step(const Tensor& ids, const Tensor& positions, const Tensor& forms, const Tensor& ends, int64_t slots,
+            const std::optional<Tensor>& columns, int64_t V) {
+  const Tensor tokens = whole(ids), pos = whole(positions), wanted = columns ? whole(*columns) : tokens;
+  const int64_t B = tokens.size(0), T = tokens.size(1), n = wanted.size(1);
+  STD_TORCH_CHECK(pos.size(0) == B && pos.size(1) == T && wanted.size(0) == B, "positions or columns of another number of rows or tokens");
+  const Tensor logits = make(aoti_torch_dtype_float32(), {B, n, V}, {n * V, V, 1});
+  Step s{.B = B, .T = T, .S = slots, .pos = pos.const_data_ptr<int64_t>()};
+  run(tokens.const_data_ptr<int64_t>(), s, forms, ends_of(ends, V), columns ? wanted.const_data_ptr<int64_t>() : nullptr, n,
+      logits.mutable_data_ptr<float>(), [](Team*) {});
   return logits;
+}
+
+// A step of one token a row, draw included: ids [B], at pos [B] + ahead -> the next ids [B]. The rest: as of `step` and `draw`.
+Tensor next(const Tensor& ids, const Tensor& positions, int64_t ahead, const Tensor& forms, const Tensor& ends, int64_t slots, int64_t V,
+            const std::optional<Tensor>& noise, const std::optional<Tensor>& seen, int64_t top_k, double temperature, double top_p,
+            double min_p, double penalty) {
+  const Tensor tokens = whole(ids), from = whole(positions);
+  const int64_t B = tokens.numel();
+  STD_TORCH_CHECK(from.numel() == B, "positions of another number of rows");
+  const Draws draws(B, V, noise, seen, top_k, temperature, top_p, min_p, penalty);
+  std::vector<int64_t> pos(from.const_data_ptr<int64_t>(), from.const_data_ptr<int64_t>() + B);
+  for (int64_t& p : pos) p += ahead;
+  const Tensor drawn = make(aoti_torch_dtype_int64(), {B}, {1});
+  thread_local std::vector<float> logits;
+  logits.resize(B * V);
+  Step s{.B = B, .T = 1, .S = slots, .pos = pos.data()};
+  run(tokens.const_data_ptr<int64_t>(), s, forms, ends_of(ends, V), nullptr, 1, logits.data(),
+      [&, to = logits.data()](Team* team) { draws.draw(to, B, V, drawn.mutable_data_ptr<int64_t>(), team); });
+  return drawn;
 }
 
 }  // namespace
@@ -486,9 +530,12 @@ STABLE_TORCH_LIBRARY(LIBRARY, m) {
   m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("keep(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor pos) -> ()");
   m.def("argmax(Tensor x) -> Tensor");
+  m.def("draw(Tensor logits, Tensor? noise, Tensor(a!)? seen, int top_k, float temperature, float top_p, float min_p, float penalty) -> Tensor");
   m.def("connect(int attention, int bfloat16, int quantized) -> ()");
   m.def("block(Tensor x, Tensor(a!) form, Tensor pos, Tensor? cos, Tensor? sin, Tensor mask) -> Tensor");
   m.def("step(Tensor ids, Tensor pos, Tensor(a!) forms, Tensor ends, SymInt slots, Tensor? columns, int vocabulary) -> Tensor");
+  m.def("next(Tensor ids, Tensor pos, int ahead, Tensor(a!) forms, Tensor ends, int slots, int vocabulary, Tensor? noise, Tensor(b!)? seen, "
+        "int top_k, float temperature, float top_p, float min_p, float penalty) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
@@ -496,8 +543,10 @@ STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("keep", TORCH_BOX(&keep));
   m.impl("argmax", TORCH_BOX(&argmax));
+  m.impl("draw", TORCH_BOX(&draw));
   m.impl("block", TORCH_BOX(&block));
   m.impl("step", TORCH_BOX(&step));
+  m.impl("next", TORCH_BOX(&next));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CompositeExplicitAutograd, m) { m.impl("connect", TORCH_BOX(&connect)); }

@@ -14,14 +14,17 @@
 #include <thread>
 #include <vector>
 
+// What is left of a thread's part of a work.
+struct alignas(64) Part { std::atomic<int64_t> next; int64_t end; };
+
 class Team {
   // Odd while there is work. Who sees that says so in `inside` and looks again: either it finds that the work has ended, or who
   // ended it finds somebody inside.
-  alignas(64) std::atomic<int64_t> turn{0};
-  alignas(64) std::atomic<int64_t> inside{0};
-  alignas(64) std::atomic<bool> over{false};
+  alignas(64) std::atomic<int64_t> turn{0};               // a cache line of what one thread writes and all look at
+  std::atomic<bool> over{false};
   void (*call)(const void*, int64_t) = nullptr;
   const void* work = nullptr;
+  alignas(64) std::atomic<int64_t> inside{0};
 
   // Between two looks. Who has looked in vain for some 20 microseconds lets others run: one of them may be who it waits for.
   static void breathe(int64_t looks) {
@@ -45,6 +48,8 @@ class Team {
   }
 
  public:
+  std::vector<Part> parts{size_t(at::get_num_threads())};         // of the work at hand
+
   // f(team) on this thread, with all others standing by for what it shares out; f(null) where there are no others.
   template <class F> static void gather(const F& f) {
     if (at::get_num_threads() == 1 || at::in_parallel_region()) return f(nullptr);
@@ -75,10 +80,10 @@ class Team {
 // cache the next time too, in smaller and smaller parts, and at last of what others have left: all end together, also where
 // another program holds up one of them.
 template <class F> void share(Team* team, int64_t n, int64_t grain, const F& f) {
-  struct alignas(64) Part { std::atomic<int64_t> next; int64_t end; };
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
   if (threads < 2) return f(0, n);
-  std::vector<Part> parts(threads);
+  std::vector<Part> here(team ? 0 : threads);
+  std::vector<Part>& parts = team ? team->parts : here;
   for (int64_t t = 0; t < threads; t++) parts[t].next = t * n / threads, parts[t].end = (t + 1) * n / threads;
   const auto take = [&](int64_t me) {
     for (int64_t t = me; t < me + threads && me < threads; t++) {

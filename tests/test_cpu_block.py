@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from experts import pack_model
-from generate import EAGER, compile_steps, load_model, make_room
+from generate import EAGER, Steps, compile_steps, decode, decode_n_tokens, load_model, make_room
 from kernels import cpu
 from kernels.cpu_block import PLACE, OneCall, WholeStep
 from model import FEW, ModelArgs, RopeArgs, TokenTable, Transformer, TransformerBlock
 from quantize import KINDS, QuantizedLinear
+from sampling import Sampler, Sampling
 from speculate import SpeculativeSteps, compile_speculation
 
 FAMILIES = {  # what a block may have beside Llama's
@@ -251,6 +252,40 @@ def test_packed_in_inference_mode_it_runs_outside():
     with torch.inference_mode():
         model = packed_model()
     assert torch.isfinite(steps_of(model)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [dict(temperature=0), dict(top_k=20), dict(top_k=0), dict(temperature=0, repetition_penalty=1.5),
+                                   dict(top_k=20, repetition_penalty=1.5)], ids=str)
+def test_steps_that_draw_draw_what_others_do(given):
+    """Rows at unlike positions, in a cache that has more, over the end of a bucket."""
+    model, settings = packed_model("int8"), Sampling(seed=7, **given)
+    make_room(model, 3, 300)
+    model(torch.arange(2 * 96).view(2, -1) % 96, torch.arange(96).expand(2, -1), slots=300)
+    def ids(steps):
+        sampler, at = Sampler(settings, [[1], [2]], 96, torch.device("cpu")), torch.tensor([60, 96])
+        return torch.stack([t.clone() for t in decode_n_tokens(model, steps, torch.tensor([3, 4]), at, 250, 12, sampler)])
+    asked = []
+    def slowly(*args):
+        asked.append(args)
+        return decode(*args)
+    found, expected = ids(EAGER), ids(Steps(decode=slowly))
+    assert len(asked) == 12 and torch.equal(found, expected) and len(found.unique()) > 2
+
+
+def test_steps_that_draw_tell_what_is_wrong():
+    model = packed_model()
+    make_room(model, 1, 40)
+    sampler, zero = Sampler(Sampling(temperature=0), [[1]], 96, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
+    for tokens, at, ahead, told in ((zero, zero + 250, 20, "position 270 in a cache"), (zero + 96, zero, 0, "id 96 in a vocabulary"),
+                                    (zero.expand(2), zero.expand(2), 0, "2 rows in a cache of 1"), (zero.expand(2), zero, 0, "another number of rows")):
+        with pytest.raises((IndexError, RuntimeError), match=told):
+            model.step.next(tokens, at, ahead, 40, sampler)
+    assert model.step.next(zero, zero, 0, 40, sampler).shape == (1,)
+    step = model.step
+    model.float()
+    with pytest.raises(RuntimeError, match="pack it again"):
+        step.next(zero, zero, 0, 40, sampler)
 
 
 def test_who_still_has_an_old_form_is_told():

@@ -9,6 +9,7 @@ from generate import load_model
 from kernels import cpu
 from model import KVCache, ModelArgs, RMSNorm, attend, attention_mask, rotate
 from quantize import KINDS
+from sampling import Sampler, Sampling, choices
 
 SHAPES = [  # B, H, K, T, S, E, window, cap
     (1, 6, 6, 1, 256, 48, 0, 0.0),          # E is not a power of two
@@ -192,6 +193,58 @@ def test_argmax_is_the_first_of_the_largest(step):
         assert cpu.argmax(x.t()).tolist() == x.argmax(0).tolist()
         assert torch.equal(cpu.argmax(x.view(2, 2, V)), x.argmax(-1).view(2, 2))
         assert 0 <= cpu.argmax(torch.full((1, V), torch.nan)).item() < V
+
+
+DRAWS = [dict(), dict(top_k=1), dict(top_k=7, temperature=2.5), dict(top_k=30, top_p=0.8), dict(top_p=0.0), dict(top_p=1e-3), dict(min_p=0.2),
+         dict(min_p=1.0), dict(temperature=1e-7), dict(temperature=0), dict(temperature=0, repetition_penalty=1.7),
+         dict(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
+
+
+@pytest.mark.parametrize("given", DRAWS, ids=str)
+def test_draws_in_one_call(given, step):
+    """The same noise gives the ids that sampling.py's operators give, and the same ids are seen from then on. Vocabularies end
+    within a part of 32, have fewer parts than are looked at, and more."""
+    for V in (50, 233, 1003, 9999, 128_001):
+        settings = Sampling(seed=5, **{"top_k": 40} | given)
+        sampler = Sampler(settings, [[1, 2, 3], [4]], V, torch.device("cpu"))
+        twin = sampler.copy()
+        logits = torch.randn(2, V) * 4
+        logits[1, V // 2:] = -torch.inf
+        for _ in range(8):
+            ids = torch.ops.cpu_step.draw(logits, *sampler.orders())
+            expected = twin.draw(choices(logits, settings, twin.seen))
+            assert sampler.known and ids.tolist() == expected.tolist()
+            if twin.seen is not None:
+                assert torch.equal(sampler.seen, twin.seen.scatter_(1, expected[:, None], True))
+
+
+def test_draws_of_what_nobody_expects(step):
+    """NaN; too many ties; one row of several whose logits are no piece of memory."""
+    sampler = Sampler(Sampling(top_k=5), [[0]] * 2, 3000, torch.device("cpu"))
+    noise, *rest = sampler.orders()
+    assert all(0 <= i < 3000 for i in torch.ops.cpu_step.draw(torch.full((2, 3000), torch.nan), noise, *rest))
+    logits = torch.randn(2, 3000)
+    logits[:, ::2] = torch.nan
+    assert all(i % 2 for i in torch.ops.cpu_step.draw(logits, noise, *rest).tolist())
+    for same in (0.0, torch.inf, -torch.inf):
+        assert all(0 <= i < noise.shape[1] for i in torch.ops.cpu_step.draw(torch.full((2, 3000), same), noise, *rest))
+    logits = torch.randn(3000, 2).t()
+    assert torch.equal(torch.ops.cpu_step.draw(logits, noise, *rest), torch.ops.cpu_step.draw(logits.contiguous(), noise, *rest))
+    for wrong in (noise[:1], noise[:, :4], torch.rand(2, 3001)):
+        with pytest.raises(RuntimeError, match="noise of another shape"):
+            torch.ops.cpu_step.draw(logits, wrong.contiguous(), *rest)
+    with pytest.raises(RuntimeError, match="seen is of another shape"):
+        torch.ops.cpu_step.draw(logits, noise, torch.zeros(2, 2999, dtype=torch.bool), *rest[1:])
+
+
+def test_ties_for_the_last_place_are_drawn_alike(step):
+    """Of ten equals for the last three of five places all stay: none is drawn twice as often as another."""
+    logits = torch.full((1, 300), -9.0)
+    logits[:, [5, 250]], logits[:, 100:110] = 1.5, 1.0
+    sampler = Sampler(Sampling(top_k=5, temperature=1.0, seed=1), [[0]] * 4000, 300, torch.device("cpu"))
+    counts = torch.bincount(torch.ops.cpu_step.draw(logits.expand(4000, -1), *sampler.orders()), minlength=300)
+    assert counts.nonzero().flatten().tolist() == [5, *range(100, 110), 250]
+    assert counts[100:110].max() < 2 * counts[100:110].min() and counts[[5, 250]].min() > counts[100:110].max()
 
 
 # ---- pages -------------------------------------------------------------------------------------------------
