@@ -21,7 +21,9 @@ struct Matrix {
 using Multiply = void(const Matrix& m, const at::BFloat16* x, int64_t rows, at::BFloat16* y, Team* team);
 // y [K] = row `row` of w
 using LookUp = void(const Matrix& m, int64_t row, at::BFloat16* y);
-struct Products { Multiply* multiply; LookUp* look_up; };
+// Where what thread `part` of `parts` reads first begins in w
+using BeginOf = const char*(const Matrix& m, int64_t part, int64_t parts);
+struct Products { Multiply* multiply; LookUp* look_up; BeginOf* begin_of; };
 
 // softmax(q @ k.T * scale) @ v, of one dtype (step.cpp's: bfloat16), with rows of E in one piece.
 struct Attention {

@@ -75,7 +75,7 @@ struct Product : Job {
   Groups groups;                      // the first panel
   std::vector<float> x_sum;           // as x: blocks of [groups][rows]
   const Rounding* rounding;           // the same, [K / BLOCK][rows]
-  at::Tensor kept;                    // what `arranged` points to, where that is not `Rounded`
+  at::Tensor kept;                    // what `arranged` points to, where that is not bytes
 };
 
 // Whether many rows meet weights that were unpacked for all of them.
@@ -252,29 +252,32 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t exce
   for (int j = 0; j * BLOCK < n; j++) rounding[j * stride] = {scale[j], zero[j]};
 }
 
-// Rows in int8, of the thread that called. They stay: to ask for memory takes as long as to round a row.
-struct Rounded {
-  std::vector<int32_t> quads;
-  std::vector<Rounding> rounding;
+// Room for rows in int8, of the thread that called. It stays, for to ask for memory takes as long as to round a row. And it is
+// taken in turns: to write where another processor's cache still has what was there before takes as long again.
+struct Room {
+  static constexpr int64_t AROUND = 1 << 18;
+  std::vector<int32_t> all;
+  int64_t next = 0;
 
-  void make_room(int64_t rows, int64_t K) {
-    const int64_t n = rows * K / 4;
-    if (quads.size() > 1 << 22 && int64_t(quads.size()) > 8 * n) quads = {}, rounding = {};        // but not a prompt's
-    if (int64_t(quads.size()) < n) quads.resize(n);
-    if (int64_t(rounding.size()) < rows * blocks(K)) rounding.resize(rows * blocks(K));
+  int32_t* take(int64_t n) {
+    const int64_t least = std::max(n, AROUND);
+    if (int64_t(all.size()) > 8 * least) all = {};                                   // a prompt's
+    if (int64_t(all.size()) < least) all.resize(least);
+    if (next + n > int64_t(all.size())) next = 0;
+    next += n;
+    return all.data() + next - n;
   }
-  static int64_t blocks(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
 };
-thread_local Rounded rounded;
 
 // x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
 void round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, int32_t* quads, Rounding* rounding, Team* team) {
-  const int64_t count = Rounded::blocks(K), step = LANES * BLOCK, steps = (K + step - 1) / step;
-  if (M == 1) {                       // the other threads have read what is there: ask for all of it back at once
+  const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK, steps = (K + step - 1) / step;
+  if (M == 1) {                       // what lies far away is asked for at once, not line by line
     for (int64_t k = 0; k < K; k += 64) __builtin_prefetch((int8_t*)quads + k, 1);
     for (int64_t i = 0; i < count; i += 64 / sizeof(Rounding)) __builtin_prefetch(rounding + i, 1);
   }
-  share(team, M * steps, 8, [&](int64_t begin, int64_t end) {
+  // one row is this thread's: meanwhile the others ask for their weights
+  share(team, M * steps, M > 1 ? 2 : steps, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t m = i / steps, k = i % steps * step;
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
@@ -320,12 +323,14 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits, int64_t group,
 // Jobs whose matrices have one shape; x and y of `type`.
 template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::ScalarType type, Team* team) {
   std::vector<Product> products;
-  int64_t row = 0;
-  for (const Job& job : jobs) row += job.M;
 #ifdef BYTE_DOT
-  if (std::is_same_v<X, int8_t>) rounded.make_room(row, jobs[0].matrix.K);
+  thread_local Room room;
+  const int64_t K = jobs[0].matrix.K, quads_of_row = K / 4, blocks_of_row = (K + BLOCK - 1) / BLOCK;
+  const int64_t row = quads_of_row + blocks_of_row * int64_t(sizeof(Rounding) / 4);
+  int64_t rows = 0;
+  for (const Job& job : jobs) rows += job.M;
+  int32_t* rounded = std::is_same_v<X, int8_t> ? room.take(rows * row) : nullptr;
 #endif
-  row = 0;
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
     const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, m.scales));
@@ -335,10 +340,9 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
 #ifdef BYTE_DOT
     if constexpr (std::is_same_v<X, int8_t>) {
       const int32_t excess = std::is_same_v<W, Int4> && p.groups.heads ? HEAD_EXCESS : W::BIAS;
-      int32_t* const quads = rounded.quads.data() + row * m.K / 4;
-      Rounding* const rounding = rounded.rounding.data() + row * Rounded::blocks(m.K);
-      round_rows((const at::BFloat16*)job.x, M, m.K, block, excess, quads, rounding, team);
-      p.arranged = quads, p.rounding = rounding, row += M;
+      Rounding* const rounding = (Rounding*)(rounded + M * quads_of_row);
+      round_rows((const at::BFloat16*)job.x, M, K, block, excess, rounded, rounding, team);
+      p.arranged = rounded, p.rounding = rounding, rounded += M * row;
     } else
 #endif
     {
@@ -465,7 +469,17 @@ void look_up(const Matrix& m, int64_t row, at::BFloat16* y) {
   }
 }
 
-const Products PRODUCTS{multiply_matrix, look_up};
+// Where the weights begin that thread `part` of `parts` reads first. Also for step.cpp.
+const char* begin_of(const Matrix& m, int64_t part, int64_t parts) {
+  const auto begin = [&](const Groups& g) {
+    return (const char*)(g.heads ? g.heads : g.w) + (m.N + PANEL - 1) / PANEL * part / parts * g.nbytes;
+  };
+  if (m.bits == 16) return begin(first_panel<Bfloat16>(m));
+  if (m.bits == 8) return begin(first_panel<Int8>(m));
+  return begin(first_panel<Int4>(m));
+}
+
+const Products PRODUCTS{multiply_matrix, look_up, begin_of};
 
 // ---- a mixture of experts -----------------------------------------------------------------------------------------
 

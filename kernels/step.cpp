@@ -259,9 +259,11 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
   for (; i < n; i++) y[i] = float(y[i]) + alpha * float(x[i]);
 }
 
-// x [rows, K] -> [rows, N], in `room`
-bfloat16* multiply(const Matrix& m, const bfloat16* x, int64_t rows, std::vector<bfloat16>& room, Team* team) {
+// x [rows, K] -> [rows, N], in `room`; next: the matrix that the next call will have, or null
+bfloat16* multiply(const Matrix& m, const Matrix* next, const bfloat16* x, int64_t rows, std::vector<bfloat16>& room, Team* team) {
   bfloat16* const y = grow(room, rows * m.N);
+  const int64_t threads = team && next && rows <= 32 ? team->parts.size() : 0;         // a prompt does not wait for memory
+  for (int64_t t = 1; t < threads; t++) team->will_read(t, products(*next).begin_of(*next, t, threads));
   products(m).multiply(m, x, rows, y, team);
   if (m.bias) by_row(team, rows, m.N, [&](int64_t r) { add_row(m.bias, 1, m.N, y + r * m.N); });
   return y;
@@ -333,7 +335,7 @@ void prepare(const Block& w, bfloat16* qkv, const float* cos, const float* sin, 
 // x += attention(norm(x))
 void attention_half(const Block& w, const Step& s) {
   const int64_t n = s.B * s.T, H = w.H, K = w.K, E = w.E, width = (H + 2 * K) * E, slots = w.slots * E;
-  bfloat16* const qkv = multiply(w.wqkv, normed(w.attention_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
+  bfloat16* const qkv = multiply(w.wqkv, &w.wo, normed(w.attention_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
   by_row(s.team, n, width, [&](int64_t r) {
     bfloat16* row = qkv + r * width;
     prepare(w, row, s.cos + r * s.n, s.sin + r * s.n, s.n);
@@ -346,16 +348,17 @@ void attention_half(const Block& w, const Step& s) {
   bfloat16* const y = grow(s.room->y, n * H * E);
   attend({qkv, w.k, w.v, s.mask, y, s.B, H, s.T, E, K, s.S, w.scale, w.cap, {s.T * width, E, width}, {K * slots, slots, E},
           {K * slots, slots, E}, {s.mask_strides[0], s.mask_strides[1]}}, s.team);
-  add(w.post_attention_norm, multiply(w.wo, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
+  const bfloat16* const made = multiply(w.wo, w.activation ? &w.w13 : nullptr, y, n, s.room->made, s.team);
+  add(w.post_attention_norm, made, n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
 }
 
 // x += feed_forward(norm(x))
-void feed_forward_half(const Block& w, const Step& s) {
+void feed_forward_half(const Block& w, const Matrix* next, const Step& s) {
   const int64_t n = s.B * s.T, F = w.w13.N / 2;
-  const bfloat16* const h = multiply(w.w13, normed(w.ffn_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
+  const bfloat16* const h = multiply(w.w13, &w.w2, normed(w.ffn_norm, s.x, n, s.D, s.room->normed, s.team), n, s.room->made, s.team);
   bfloat16* const y = grow(s.room->y, n * F);
   gate(h, n, F, w.activation == 1, y, s.team);
-  add(w.post_ffn_norm, multiply(w.w2, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
+  add(w.post_ffn_norm, multiply(w.w2, next, y, n, s.room->made, s.team), n, s.D, w.residual_scale, s.room->normed, s.x, s.team);
 }
 
 void check(const Tensor& forms, const Step& s) {
@@ -386,7 +389,7 @@ Tensor block(const Tensor& input, const Tensor& form, const Tensor& pos, const s
     s.team = team;
     const Block& w = *(const Block*)form.const_data_ptr();
     attention_half(w, s);
-    if (w.activation) feed_forward_half(w, s);
+    if (w.activation) feed_forward_half(w, nullptr, s);
   });
   return x;
 }
@@ -414,7 +417,7 @@ void embed(const Ends& e, const int64_t* ids, int64_t n, bfloat16* x, Team* team
 
 // x [n, D] -> logits [n, V], rounded to bfloat16 on their way, as a layer's outputs are.
 void unembed(const Ends& e, const bfloat16* x, int64_t n, float* logits, Room& room, Team* team) {
-  const bfloat16* const from = multiply(e.head, normed(e.norm, x, n, e.table.K, room.normed, team), n, room.made, team);
+  const bfloat16* const from = multiply(e.head, nullptr, normed(e.norm, x, n, e.table.K, room.normed, team), n, room.made, team);
   const float scale = e.output_scale, cap = e.cap;
   share(team, (n * e.head.N + LANES - 1) / LANES, 65536 / LANES, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * LANES, n * e.head.N);
@@ -455,7 +458,8 @@ struct Shared {
 
 // ids and s.pos [B, T] through Blocks `forms` and Ends `e` -> logits [B, n, V] of the tokens `columns` [B, n] of each row, or of
 // all; then f(team).
-template <class F> void run(const int64_t* ids, Step& s, const Tensor& forms, const Ends& e, const int64_t* columns, int64_t n, float* logits, const F& f) {
+template <class F> void run(const int64_t* ids, Step& s, const Tensor& forms, const Ends& e, const int64_t* columns, int64_t n,
+                            float* logits, const F& f) {
   const int64_t B = s.B, T = s.T, D = s.D = e.table.K;
   for (int64_t i = 0; i < B * T; i++)
     TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < e.table.N, "id ", ids[i], " in a vocabulary of ", e.table.N);
@@ -471,7 +475,7 @@ template <class F> void run(const int64_t* ids, Step& s, const Tensor& forms, co
     for (const Block *w = (const Block*)forms.const_data_ptr(), *end = w + forms.size(0); w < end; w++) {
       shared.point(*w, s);
       attention_half(*w, s);
-      feed_forward_half(*w, s);
+      feed_forward_half(*w, w + 1 < end ? &w[1].wqkv : &e.head, s);
     }
     bfloat16* const chosen = columns ? grow(room.y, B * n * D) : s.x;
     for (int64_t i = 0; columns && i < B * n; i++) std::copy_n(s.x + (i / n * T + columns[i]) * D, D, chosen + i * D);

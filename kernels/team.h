@@ -1,8 +1,10 @@
 // Threads that share out work of microseconds, as a block of a model is made of.
 //
 // What it is: `share`, by which threads take parts of what is left until nothing is, and `Team`, which keeps them awake and
-// looking for the next such work while one of them does what lies between. Opening a parallel region for each costs 2 to 4
-// microseconds, a small model's product as much; a word between two awake threads a tenth of that. A team's thread that comes
+// looking for the next such work while one of them does what lies between; so long they ask the memory for the weights they will
+// read. Opening a parallel region for each costs 2 to 4 microseconds, a small model's product as much; a word between two awake
+// threads a tenth of that. (Four times as much where they are on two dies, which is also when they have the memory of both: what
+// one has written and the other reads, and what both have read and one writes, is to be kept small.) A team's thread that comes
 // late to a work, because another program holds it up, is not waited for there. What it is not: threads of our own. They are
 // PyTorch's, as many as torch.set_num_threads says, and outside a team each work is a parallel region.
 #pragma once
@@ -26,6 +28,11 @@ class Team {
   const void* work = nullptr;
   alignas(64) std::atomic<int64_t> inside{0};
 
+  // What each thread reads after the next work, or the one at hand.
+  struct alignas(64) Soon { std::atomic<const char*> at{nullptr}; };
+  std::vector<Soon> soon{size_t(at::get_num_threads())};
+  static constexpr int64_t MOST = 1 << 18;                // bytes that are asked for: a part of a second cache
+
   // Between two looks. Who has looked in vain for some 20 microseconds lets others run: one of them may be who it waits for.
   static void breathe(int64_t looks) {
 #ifdef __x86_64__
@@ -37,9 +44,15 @@ class Team {
   }
 
   void stand_by(int64_t me) {
+    const char *given = nullptr, *asked = nullptr, *last = nullptr;
     for (int64_t seen = 0, looks = 1; !over.load(std::memory_order_relaxed); breathe(looks++)) {
       const int64_t now = turn;
-      if (now % 2 == 0 || now == seen) continue;
+      if (now % 2 == 0 || now == seen) {
+        const char* const at = soon[me].at.load(std::memory_order_relaxed);
+        if (at != given) given = asked = at, last = at + MOST;
+        for (int line = 0; line < 4 && asked < last; line++, asked += 64) __builtin_prefetch(asked, 0, 2);
+        continue;
+      }
       inside++;
       struct Leave { std::atomic<int64_t>& inside; ~Leave() { inside--; } } leave{inside};      // also by an exception
       if (turn == now) call(work, me);
@@ -60,6 +73,9 @@ class Team {
       f(&team);
     });
   }
+
+  // What thread `me` will read after the next work: it asks for it while it waits, else the memory would rest.
+  void will_read(int64_t me, const char* at) { soon[me].at.store(at, std::memory_order_relaxed); }
 
   // f(thread) on all threads that are free, 0 being this one.
   template <class F> void run(const F& f) {
