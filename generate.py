@@ -193,11 +193,10 @@ def decode_n_tokens(model: Transformer, steps: Steps, tokens: Tensor, input_pos:
         yield from steps.blocks(model, steps, tokens, input_pos, filled, n, sampler, ends)
         return
     key_pos, first = attended(model, filled), input_pos[:, None]
-    at_once = steps.decode is decode and draws(model, tokens, sampler)
     for i in range(n):
         if filled + i > key_pos.shape[0]:
             key_pos = attended(model, filled + i)
-        if at_once:
+        if steps.decode is decode and draws(model, tokens, sampler):
             tokens = model.step.next(tokens, input_pos, i, key_pos.shape[0], sampler)
         else:
             with one_row_matmul(model, len(tokens)):

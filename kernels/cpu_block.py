@@ -5,8 +5,8 @@ it runs: calls, loops of a microsecond and tensors between the products took an 
 eager one. Prompts go the same way where the processor multiplies bfloat16. What it is not: another model. Transformer and
 TransformerBlock are what they mean and what runs without a cache, in another dtype than bfloat16, and where something does not
 fit. Mixtures, and feed-forwards of another form, share the first half of a block. The call knows weights and caches by their
-addresses and has read the model's args: parts that are put into the model later, hooks on any of them, and other args it does
-not see until the model is packed again. cpu.py lays the weights out.
+addresses and has read the model's args: parts that are put into the model later, hooks on any of them or on the model, and other
+args it does not see until the model is packed again. cpu.py lays the weights out.
 """
 import struct
 

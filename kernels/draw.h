@@ -1,9 +1,9 @@
 // The next id of a row of logits: what sampling.py does with a dozen of PyTorch's operators, which take as long as a small
 // model's step.
 //
-// What it is: the likeliest ids of a vocabulary, the filters and the draw, the same noise giving the same id. What it is not: a
-// source of noise, which comes from the row's own generator; nor all of sampling.py, which says what the settings mean and keeps
-// those without a top_k.
+// What it is: the likeliest ids of a vocabulary, the filters and the draw, the same noise giving the same id (but among equals,
+// which have an order here, their ids'). What it is not: a source of noise, which comes from the row's own generator; nor all of
+// sampling.py, which says what the settings mean and keeps those without a top_k.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -95,7 +95,7 @@ inline int64_t draw_row(const float* x, int64_t V, const Settings& s, const floa
     total += p.emplace_back(std::exp((found[i].first - found[0].first) / std::max(s.temperature, 1e-5f)));
   int64_t id = found[0].second;
   float mass = 0, best = -1;
-  for (size_t i = 0; i < p.size() && (i == 0 || (mass < s.top_p && p[i] >= s.min_p * p[0])); i++) {
+  for (size_t i = 0; i < p.size() && (i == 0 || ((mass < s.top_p || s.top_p >= 1) && p[i] >= s.min_p * p[0])); i++) {
     mass += p[i] / total;
     if (const float drawn = p[i] / -std::log(noise[i]); drawn > best) best = drawn, id = found[i].second;
   }

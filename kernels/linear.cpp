@@ -261,7 +261,7 @@ struct Room {
 
   int32_t* take(int64_t n) {
     const int64_t least = std::max(n, AROUND);
-    if (int64_t(all.size()) > 8 * least) all = {};                                   // a prompt's
+    if (int64_t(all.size()) > 8 * least) std::vector<int32_t>().swap(all);           // a prompt's
     if (int64_t(all.size()) < least) all.resize(least);
     if (next + n > int64_t(all.size())) next = 0;
     next += n;

@@ -262,8 +262,8 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
 // x [rows, K] -> [rows, N], in `room`; next: the matrix that the next call will have, or null
 bfloat16* multiply(const Matrix& m, const Matrix* next, const bfloat16* x, int64_t rows, std::vector<bfloat16>& room, Team* team) {
   bfloat16* const y = grow(room, rows * m.N);
-  const int64_t threads = team && next && rows <= 32 ? team->parts.size() : 0;         // a prompt does not wait for memory
-  for (int64_t t = 1; t < threads; t++) team->will_read(t, products(*next).begin_of(*next, t, threads));
+  if (team && next && rows <= 32)     // a prompt does not wait for memory
+    team->will_read([&](int64_t thread) { return products(*next).begin_of(*next, thread, team->size()); });
   products(m).multiply(m, x, rows, y, team);
   if (m.bias) by_row(team, rows, m.N, [&](int64_t r) { add_row(m.bias, 1, m.N, y + r * m.N); });
   return y;
@@ -516,6 +516,7 @@ Tensor next(const Tensor& ids, const Tensor& positions, int64_t ahead, const Ten
   for (int64_t& p : pos) p += ahead;
   const Tensor drawn = make(aoti_torch_dtype_int64(), {B}, {1});
   thread_local std::vector<float> logits;
+  if (int64_t(logits.size()) > 8 * B * V) std::vector<float>().swap(logits);
   logits.resize(B * V);
   Step s{.B = B, .T = 1, .S = slots, .pos = pos.data()};
   run(tokens.const_data_ptr<int64_t>(), s, forms, ends_of(ends, V), nullptr, 1, logits.data(),

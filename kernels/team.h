@@ -28,9 +28,10 @@ class Team {
   const void* work = nullptr;
   alignas(64) std::atomic<int64_t> inside{0};
 
-  // What each thread reads after the next work, or the one at hand.
+  // What each thread reads after the work at hand, and after the next one.
   struct alignas(64) Soon { std::atomic<const char*> at{nullptr}; };
-  std::vector<Soon> soon{size_t(at::get_num_threads())};
+  alignas(64) std::vector<Soon> soon{size_t(at::get_num_threads())};
+  std::vector<const char*> then;
   static constexpr int64_t MOST = 1 << 18;                // bytes that are asked for: a part of a second cache
 
   // Between two looks. Who has looked in vain for some 20 microseconds lets others run: one of them may be who it waits for.
@@ -74,12 +75,19 @@ class Team {
     });
   }
 
-  // What thread `me` will read after the next work: it asks for it while it waits, else the memory would rest.
-  void will_read(int64_t me, const char* at) { soon[me].at.store(at, std::memory_order_relaxed); }
+  int64_t size() const { return parts.size(); }
+
+  // What threads read after the next work, begin(thread): they ask for it while they wait, else the memory would rest.
+  template <class F> void will_read(const F& begin) {
+    then.resize(size());
+    for (int64_t t = 1; t < size(); t++) then[t] = begin(t);
+  }
 
   // f(thread) on all threads that are free, 0 being this one.
   template <class F> void run(const F& f) {
     call = [](const void* g, int64_t me) { (*(const F*)g)(me); }, work = &f;
+    for (size_t t = 1; t < then.size(); t++) soon[t].at.store(then[t], std::memory_order_relaxed);
+    then.clear();
     turn++;
     struct End {
       Team& team;
@@ -96,7 +104,7 @@ class Team {
 // cache the next time too, in smaller and smaller parts, and at last of what others have left: all end together, also where
 // another program holds up one of them.
 template <class F> void share(Team* team, int64_t n, int64_t grain, const F& f) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  const int64_t threads = std::min<int64_t>(team ? team->size() : at::get_num_threads(), (n + grain - 1) / grain);
   if (threads < 2) return f(0, n);
   std::vector<Part> here(team ? 0 : threads);
   std::vector<Part>& parts = team ? team->parts : here;

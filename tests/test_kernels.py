@@ -228,6 +228,9 @@ def test_draws_of_what_nobody_expects(step):
     assert all(i % 2 for i in torch.ops.cpu_step.draw(logits, noise, *rest).tolist())
     for same in (0.0, torch.inf, -torch.inf):
         assert all(0 <= i < noise.shape[1] for i in torch.ops.cpu_step.draw(torch.full((2, 3000), same), noise, *rest))
+    logits, some = torch.full((2, 3000), -50.0), torch.full((2, 37), 0.5)           # so likely that the rest is lost beside it, but drawn
+    logits[:, 7], logits[:, 3], some[:, 0], some[:, 1] = 0, -13.6, 1e-7, 1 - 2 ** -24
+    assert torch.ops.cpu_step.draw(logits, some, *rest).tolist() == [3, 3]
     logits = torch.randn(3000, 2).t()
     assert torch.equal(torch.ops.cpu_step.draw(logits, noise, *rest), torch.ops.cpu_step.draw(logits.contiguous(), noise, *rest))
     for wrong in (noise[:1], noise[:, :4], torch.rand(2, 3001)):
