@@ -68,7 +68,7 @@ def choices(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Choices:
     """Logits [B, V] float32 -> what an id is drawn from. seen [B, V] bool: ids in prompt or output.
 
     With top_k only its ids, and room for ties with the last, are looked at further, and have noise drawn for
-    them: on a vocabulary of 128 k that takes a quarter of the time. On a CPU a kernel does all of it in a tenth: kernels/draw.h.
+    them: on a vocabulary of 128 k that takes a quarter of the time. On a CPU a kernel does all of it: kernels/draw.h.
     """
     V = logits.shape[-1]
     if s.repetition_penalty != 1.0:

@@ -3,7 +3,7 @@
 // What it is: `share`, by which threads take parts of what is left until nothing is, and `Team`, which keeps them awake and
 // looking for the next such work while one of them does what lies between; so long they ask the memory for the weights they will
 // read. Opening a parallel region for each costs 2 to 4 microseconds, a small model's product as much; a word between two awake
-// threads a tenth of that. (Four times as much where they are on two dies, which is also when they have the memory of both: what
+// threads a tenth of that. (Three times as much where they are on two dies, which is also when they have the memory of both: what
 // one has written and the other reads, and what both have read and one writes, is to be kept small.) A team's thread that comes
 // late to a work, because another program holds it up, is not waited for there. What it is not: threads of our own. They are
 // PyTorch's, as many as torch.set_num_threads says, and outside a team each work is a parallel region.
