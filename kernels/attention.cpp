@@ -12,11 +12,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "calls.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -203,36 +205,53 @@ bool takes_prompts() {
 #ifdef BFLOAT16_DOT
 using at::BFloat16;
 
-constexpr int ROWS = 12;            // queries multiplied at once: 12 x 2 halves of a panel make 24 sums in 32 registers
+#ifdef TILES                        // queries multiplied at once, by tiles and by vectors
+constexpr int ROWS = 32, BY_VECTORS = 8;
+#else
+constexpr int ROWS = 12, BY_VECTORS = 12;       // 12 x 2 halves of a panel make 24 sums in 32 registers
+#endif
 constexpr int64_t PANEL = 32;       // outputs that lie together
 constexpr int64_t TOGETHER = 256;   // queries, over heads, that use a block of keys once it is laid out
 constexpr int64_t WIDEST = BLOCK;   // of heads: so queries lie as far apart as their rows of probabilities, one for each slot
 
 using Keys = Head<BFloat16>;
 
-// y [ROWS], `stride` apart, (+)= x [ROWS][2 * pairs], BLOCK apart, times a panel [pairs][32][2]. A constant distance is an
-// instruction's; a variable one takes registers.
-void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
-  floats sum[ROWS][2] = {};
-  for (int r = 0; add && r < ROWS; r++)
+// y [BY_VECTORS], `stride` apart, (+)= x [BY_VECTORS][2 * pairs], BLOCK apart, times a panel [pairs][32][2]. A constant distance is
+// an instruction's; a variable one takes registers.
+void product_by_vectors(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
+  floats sum[BY_VECTORS][2] = {};
+  for (int r = 0; add && r < BY_VECTORS; r++)
     for (int half = 0; half < 2; half++) sum[r][half] = read<floats>(y + r * stride + half * 16);
   for (int64_t j = 0; j < pairs; j++, panel += 2 * PANEL, x += 2) {
     const __m512bh low = (__m512bh)_mm512_loadu_si512(panel), high = (__m512bh)_mm512_loadu_si512(panel + PANEL);
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < BY_VECTORS; r++) {
       const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + r * BLOCK));
       sum[r][0] = (floats)_mm512_dpbf16_ps((__m512)sum[r][0], low, both);
       sum[r][1] = (floats)_mm512_dpbf16_ps((__m512)sum[r][1], high, both);
     }
   }
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < BY_VECTORS; r++)
     for (int half = 0; half < 2; half++) write(y + r * stride + half * 16, sum[r][half]);
+}
+
+// The same for all ROWS; pairs: a multiple of 16.
+void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
+#ifdef TILES
+  if (Tiles::given()) {
+    begin_sums<true>(y, stride, add);
+    for (int64_t j = 0; j < pairs; j += TILE)
+      add_products<true>((const char*)(x + 2 * j), BLOCK * 2, (const char*)(panel + 2 * PANEL * j), PANEL * 4, PANEL * 2);
+    return end_sums<true>(y, stride);
+  }
+#endif
+  for (int r = 0; r < ROWS; r += BY_VECTORS) product_by_vectors(x + r * BLOCK, panel, pairs, y + r * stride, stride, add);
 }
 
 // A block of keys and values as panels, and a tile's scores and probabilities. Slots from S on count as zeros.
 struct Laid {
-  std::vector<BFloat16> k, v, p;    // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK]
-  std::vector<float> scores;        // [ROWS][BLOCK]
+  Lines<BFloat16> k, v, p;          // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK]
+  Lines<float> scores;              // [ROWS][BLOCK]
 
   void lay(const Keys& h, int64_t at, int64_t S) {
     static const BFloat16 none[WIDEST] = {};
@@ -254,10 +273,10 @@ struct Laid {
 };
 
 // Of the queries of one tile: their largest score yet, the sum of exponentials relative to it, and so weighted values.
-struct Tile {
+struct alignas(64) Tile {
   BFloat16 q[ROWS][WIDEST];         // E of each are used
   float most[ROWS], total[ROWS];
-  std::vector<float> y;             // [ROWS][E]
+  Lines<float> y;                   // [ROWS][E]
   const bool* mask[ROWS];           // null: there is no such query
   int64_t first, last;              // slots that at least one of them sees
 };
@@ -306,6 +325,10 @@ void attend_prompts(const Attention& a, Team* team) {
   share(team, a.B * a.K * parts, 1, [&](int64_t begin, int64_t end) {
     thread_local Laid block;
     thread_local std::vector<Tile> tiles;
+#ifdef TILES
+    std::optional<Tiles> shapes;
+    if (Tiles::given()) shapes.emplace(ROWS);
+#endif
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (a.K * parts), kv = i / parts % a.K, from = i % parts * some, n = std::min(some, T - from) * G;
       const bool* mask = a.mask + b * a.mask_strides[0];

@@ -4,7 +4,8 @@ What it is: `available` builds and loads the operators, `pack` lays weights out,
 `rows` reads the layout back (a tied embedding's lookups, and the tests). `pack_part` puts a model on
 them, block by block. What it is not: a quantizer; int8 and int4 values come from quantize.py. Without a C++ compiler nothing
 breaks: PyTorch's own operators serve, with one notice. CPU_KERNELS=0 asks for that; CPU_KERNELS=weight_only leaves
-activations in bfloat16 where they would be rounded to int8. cpu_block.py, which runs a whole step in one call, is what to read next.
+activations in bfloat16 where they would be rounded to int8, and CPU_KERNELS=vectors leaves an Intel processor's tiles alone.
+cpu_block.py, which runs a whole step in one call, is what to read next.
 """
 import hashlib
 import math
@@ -33,7 +34,7 @@ PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attentio
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
-HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h", "draw.h")
+HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h", "tiles.h", "draw.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -55,8 +56,8 @@ def available(quantized: bool = False) -> bool:
 
 
 def load(kinds: list[tuple]) -> bool:
-    if (wish := os.environ.get("CPU_KERNELS", "")) not in ("", "0", "1", "weight_only") and not LOADED:
-        print(f"note: CPU_KERNELS={wish} is not known and ignored; 0 and weight_only are", file=sys.stderr, flush=True)
+    if (wish := os.environ.get("CPU_KERNELS", "")) not in ("", "0", "1", "weight_only", "vectors") and not LOADED:
+        print(f"note: CPU_KERNELS={wish} is not known and ignored; 0, weight_only and vectors are", file=sys.stderr, flush=True)
     if wish == "0":
         return False
     try:

@@ -33,31 +33,56 @@ constexpr bool QUANTIZED = true;
 constexpr int64_t FP4 = 40;                     // `bits` of 4-bit floats
 constexpr int64_t DIRECT = 32;                  // up to so many rows of x not rounded unpack weights as they go, more do it once
 constexpr int64_t MANY = 512;                   // rows that all weights meet before the next: more would not stay in the caches
+constexpr int64_t TOGETHER = 8;                 // panels that tiles multiply at once, piece by piece
+constexpr int64_t FEW_BYTES = 1 << 19;          // of rows that stay in the second cache anyway: panels go one by one
+constexpr int64_t MOST_TILED = 1 << 23;         // inputs of rows that are laid out as tiles at once
+constexpr int64_t NEAR = 1024;                  // bytes that unpacking asks for before it needs them
 constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at a time: 64 KB
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// Units of a panel as bfloat16, scaled: what the dequantized weight would be.
-template <class W>
-void unpack(int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
-  for (int64_t u = first; u < first + units; u++)
-    for (int half = 0; half < 2; half++) {
-      const int64_t i = u / g.units;
-      const uint8_t* unit = g.w + i * g.stride + (2 * (u - i * g.units) + half) * W::HALF;
-      const floats scale = g.scales(i, half);
-      const floats offset = g.offsets() ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
-      for (int j = 0; j < 4; j++, out += 32) {
-        Pair f = W::pair(unit, j);
-        f = {(f.even + offset) * scale, (f.odd + offset) * scale};
+// A pair of 16 outputs as bfloat16, rounded.
+inline void store_pair(Pair f, at::BFloat16* out) {
 #ifdef BFLOAT16_DOT
-        const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f.even));
-        const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f.odd));
-        _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)f.odd, (__m512)f.even);
+  const __m512i half = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i turns = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(16)), 16));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(turns, both));
 #else
-        for (int i = 0; i < 16; i++) out[2 * i] = f.even[i], out[2 * i + 1] = f.odd[i];
+  for (int i = 0; i < 16; i++) out[2 * i] = f.even[i], out[2 * i + 1] = f.odd[i];
 #endif
-      }
+}
+
+// Units of a panel as bfloat16, scaled: what the dequantized weight would be. plain: of bfloat16 and int8, without scales.
+template <class W, bool plain = false>
+void unpack(int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
+  for (int64_t u = first, last; u < first + units; u = last) {
+    const int64_t i = u / g.units;
+    last = std::min((i + 1) * g.units, first + units);
+    floats scale[2], offset[2];
+    for (int half = 0; half < 2 && !plain; half++) {
+      scale[half] = g.scales(i, half);
+      offset[half] = g.offsets() ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
     }
+    const uint8_t* unit = g.unit<W>(u);
+    for (int64_t n = u; n < last; n++) {
+#pragma GCC unroll 8
+      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(unit + NEAR + line);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++, unit += W::HALF)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++, out += 32) {
+#ifdef BFLOAT16_DOT
+          if constexpr (plain) {
+            _mm512_storeu_si512(out, (__m512i)W::packed(unit, j));
+            continue;
+          }
+#endif
+          const Pair f = W::pair(unit, j);
+          store_pair({(f.even + offset[half]) * scale[half], (f.odd + offset[half]) * scale[half]}, out);
+        }
+    }
+  }
 }
 
 // Rows x [M, K], in one piece, and a weight: y [M, N] = x @ w.T.
@@ -91,8 +116,8 @@ template <class W, class X> constexpr int most_rows(bool once) {
 
 // Scratch of one thread, y's panel [M][32] among it.
 struct Scratch {
-  std::vector<float> y, scale;
-  std::vector<at::BFloat16> weights;
+  Lines<float> y, scale;
+  Lines<at::BFloat16> weights;
 };
 
 // A weight's first panel.
@@ -107,13 +132,12 @@ template <class W> Groups first_panel(const Matrix& m) {
           .ahead = std::max<int64_t>(1, FAR / stride)};
 }
 
-// Where scales are 16-bit floats of the other kind: those of a panel, as 32-bit ones.
-inline void widen_scales(const Matrix& m, int64_t panel, Groups& g, Scratch& s) {
+// Where scales are 16-bit floats of the other kind: those of a panel, as 32-bit ones, the i-th of n panels' in `room`.
+inline void widen_scales(const Matrix& m, int64_t panel, Groups& g, Lines<float>& room, int64_t i = 0, int64_t n = 1) {
   if (!m.scales || m.scale_type != (int64_t)at::kHalf) return;
-  const int64_t n = g.count * PANEL;
-  s.scale.resize(n);
-  std::copy_n((const at::Half*)m.scales + panel * n, n, s.scale.data());
-  g.scale = s.scale.data();
+  const int64_t each = g.count * PANEL;
+  room.resize(n * each);
+  g.scale = std::copy_n((const at::Half*)m.scales + panel * each, each, room.data() + i * each) - each;
 }
 
 template <class W, class X>
@@ -179,7 +203,7 @@ void run(const std::vector<Product>& products, Team* team) {
       g.next(index);
       for (int64_t at = index; at < last; at++, i++, g.next()) {
         const int64_t first = at * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
-        widen_scales(p.matrix, at, g, s);
+        widen_scales(p.matrix, at, g, s.scale);
         panel<W, X>(p, g, s);
         for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first);
       }
@@ -320,6 +344,139 @@ void pack(const at::Tensor& values, at::Tensor out, int64_t bits, int64_t group,
   });
 }
 
+// ---- many rows, by tiles --------------------------------------------------------------------------------------------
+
+#ifdef TILES
+// A row x [K] as a tile's of `rows`: [pieces, `stride` apart][PIECE spans][4][rows][16 pairs][2], zeros behind it.
+void lay_row(const at::BFloat16* x, int64_t K, int64_t rows, int64_t stride, at::BFloat16* tiles) {
+  const auto pick = [](__m512i a, __m512i b, int j) {               // pairs j, j + 4 ... of both, then j + 1, j + 5 ...
+    const __m512i index = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    return _mm512_permutex2var_epi32(a, _mm512_add_epi32(index, _mm512_set1_epi32(j)), b);
+  };
+  alignas(64) at::BFloat16 padded[SPAN] = {};
+  for (int64_t k = 0; k < K; k += SPAN) {
+    const at::BFloat16* const from = K - k < SPAN ? (std::copy_n(x + k, K - k, padded), padded) : x + k;
+    at::BFloat16* const to = tiles + k / SPAN / PIECE * stride + k / SPAN % PIECE * SPAN * rows;
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(from + 32 * i);
+    for (int j = 0; j < 4; j += 2) {
+      const __m512i low = pick(v[0], v[1], j), high = pick(v[2], v[3], j);
+      _mm512_storeu_si512(to + j * rows * 32, _mm512_shuffle_i64x2(low, high, 0x44));
+      _mm512_storeu_si512(to + (j + 1) * rows * 32, _mm512_shuffle_i64x2(low, high, 0xee));
+    }
+  }
+}
+
+// Rows of x that tiles multiply, in even blocks of at most 32.
+struct Tiled : Job {
+  int64_t blocks, rows, pieces;
+  at::BFloat16* room;                 // [pieces][blocks][of a piece and a block]; rows that are not there are undefined
+
+  explicit Tiled(const Job& job) : Job(job) {
+    blocks = (M + TWO_TILES - 1) / TWO_TILES, rows = (M + blocks - 1) / blocks;
+    pieces = (matrix.K + PIECE * SPAN - 1) / (PIECE * SPAN);
+  }
+  void lay(at::BFloat16* here, Team* team) {
+    room = here;
+    share(team, M, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        lay_row((const at::BFloat16*)x + r * matrix.K, matrix.K, rows, blocks * each(), tiles(0, r / rows) + r % rows * 32);
+    });
+  }
+  int64_t each() const { return PIECE * SPAN * rows; }
+  at::BFloat16* tiles(int64_t piece, int64_t block) const { return room + (piece * blocks + block) * each(); }
+};
+
+// A piece of a panel in bfloat16: where it lies, or else made in `made`. plain: unscaled.
+template <class W> const uint8_t* piece_of(const Groups& g, int64_t piece, bool plain, at::BFloat16* made) {
+  constexpr int64_t UNITS = PIECE * TILE;
+  const int64_t first = piece * UNITS, n = std::min(UNITS, g.all - first);
+  if (std::is_same_v<W, Bfloat16> && n % TILE == 0) return g.unit<W>(first);
+  if constexpr (W::HALF > Int4::HALF) plain ? unpack<W, true>(first, n, g, made) : unpack<W>(first, n, g, made);
+  else unpack<W>(first, n, g, made);
+  std::fill(made + n * UNIT * PANEL, made + UNITS * UNIT * PANEL, at::BFloat16(0));
+  return (const uint8_t*)made;
+}
+
+// Sums of n panels from `first` on, [n][blocks * rows][32], scaled and rounded to y.
+void store_panels(const Tiled& p, int64_t first, int64_t n, const Groups* g, bool plain, float* sums) {
+  for (int64_t r = 0; r < p.M; r++)
+    for (int64_t i = 0; i < n; i++) {
+      float* const y = sums + (i * p.blocks * p.rows + r) * PANEL;
+      for (int at = 0; at < PANEL && plain; at += 16) write(y + at, read<floats>(y + at) * g[i].scales(0, at / 16));
+      const int64_t column = (first + i) * PANEL;
+      store(y, std::min<int64_t>(PANEL, p.matrix.N - column), (at::BFloat16*)p.y + r * p.matrix.N + column);
+    }
+}
+
+// n panels from `first` on times all rows. A piece of a panel stays in the first cache while all rows meet it; and the rows' inputs
+// that it needs in the second one, while the panels' pieces do. What comes next is asked for.
+template <class W> void multiply_panels(const Tiled& p, int64_t first, int64_t n, Scratch& s) {
+  constexpr int64_t UNITS = PIECE * TILE, STEPS = 4 * PIECE;            // of a piece: units, and tiles one behind another
+  const int64_t spans = (p.matrix.K + SPAN - 1) / SPAN, steps = p.blocks * STEPS;
+  const int64_t lines = (UNITS * 2 * W::HALF / 64 + steps - 1) / steps, x_lines = n > 1 ? p.each() * 2 / 64 / (n * STEPS) : 0;
+  Groups g[TOGETHER] = {};
+  const Groups start = first_panel<W>(p.matrix);
+  const int64_t each = p.blocks * p.rows * PANEL;
+  const bool plain = std::is_same_v<W, Bfloat16> || (std::is_same_v<W, Int8> && start.count == 1 && !start.offsets());
+  s.y.resize(std::max<size_t>(s.y.size(), n * each)), s.weights.resize(UNITS * UNIT * PANEL);
+  for (int64_t i = 0; i < n; i++) {
+    g[i] = start, g[i].next(first + i);
+    widen_scales(p.matrix, first + i, g[i], s.scale, i, n);
+  }
+  for (int64_t at = 0; at < p.pieces; at++)
+    for (int64_t i = 0; i < n; i++) {
+      const uint8_t* const panel = piece_of<W>(g[i], at, plain, s.weights.data());
+      const uint8_t* const next = i + 1 < n ? g[i + 1].template unit<W>(at * UNITS) :
+                                  at + 1 < p.pieces ? g[0].template unit<W>((at + 1) * UNITS) : g[i].w + g[i].nbytes;
+      for (int64_t b = 0; b < p.blocks; b++) {
+        const Ahead next_w{next + b * lines * STEPS * 64, lines};
+        const Ahead next_x{(const uint8_t*)p.tiles((at + 1) % p.pieces, b) + i * x_lines * STEPS * 64, x_lines};
+        (p.rows > TILE ? multiply_spans<true> : multiply_spans<false>)(
+            p.tiles(at, b), p.rows, panel, std::min(PIECE, spans - at * PIECE),
+            s.y.data() + i * each + b * p.rows * PANEL, at > 0, next_x, next_w);
+      }
+    }
+  store_panels(p, first, n, g, plain, s.y.data());
+}
+
+// Room for rows as tiles, of the thread that called. It stays: to get its pages anew takes as long as to fill them.
+at::BFloat16* tiles_room(int64_t n) {
+  thread_local Lines<at::BFloat16> room;
+  const int64_t has = room.size();
+  if (has < n || has > 8 * std::max(n, MOST_TILED)) Lines<at::BFloat16>().swap(room), room.resize(n);
+  return room.data();
+}
+
+// Jobs in bfloat16 whose matrices have one shape.
+template <class W> void multiply_by_tiles(const std::vector<Job>& jobs, Team* team) {
+  std::vector<Tiled> products(jobs.begin(), jobs.end());
+  int64_t n = 0;
+  for (const Tiled& p : products) n += p.pieces * p.blocks * p.each();
+  if (n > MOST_TILED && jobs.size() > 1) {        // halves: the room stays small
+    const auto half = jobs.begin() + jobs.size() / 2;
+    multiply_by_tiles<W>({jobs.begin(), half}, team);
+    return multiply_by_tiles<W>({half, jobs.end()}, team);
+  }
+  at::BFloat16* room = tiles_room(n);
+  for (Tiled& p : products) p.lay(room, team), room += p.pieces * p.blocks * p.each();
+  // as many panels together as all threads have a part of
+  const int64_t panels = (jobs[0].matrix.N + PANEL - 1) / PANEL, threads = team ? team->size() : at::get_num_threads();
+  const int64_t turns = (panels + threads * TOGETHER - 1) / (threads * TOGETHER);
+  const int64_t some = (panels + threads * turns - 1) / (threads * turns), parts = (panels + some - 1) / some;
+  share(team, parts * products.size(), 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch s;
+    for (int64_t i = begin; i < end; i++) {
+      const Tiled& p = products[i / parts];
+      const Tiles tiles(p.rows);
+      const int64_t first = i % parts * some, last = std::min(first + some, panels);
+      const int64_t n = p.M * p.matrix.K * 2 > FEW_BYTES ? some : 1;
+      for (int64_t at = first; at < last; at += n) multiply_panels<W>(p, at, std::min(n, last - at), s);
+    }
+  });
+}
+#endif
+
 // Jobs whose matrices have one shape; x and y of `type`.
 template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::ScalarType type, Team* team) {
   std::vector<Product> products;
@@ -372,24 +529,40 @@ bool round_activations(bool wanted) {
 #endif
 }
 
+// Whether tiles multiply so many rows, of bfloat16, as they are. Fewer get the bits that one row gets, and int8 and int4 are as
+// fast without being unpacked.
+bool by_tiles(int64_t rows, int64_t bits) {
+#ifdef TILES
+  return rows >= (bits == 16 ? 10 : 16) && Tiles::given();
+#else
+  return false;
+#endif
+}
+
+// f(W()) for the kind of weights.
+template <class F> void by_kind(int64_t bits, F f) {
+  if (bits == 16) f(Bfloat16());
+  if constexpr (QUANTIZED) {
+    if (bits == 8) f(Int8());
+    if (bits == 4) f(Int4());
+    if (bits == FP4) f(Fp4());
+  }
+}
+
 void multiply_all(const std::vector<Job>& given, at::ScalarType type, Team* team = nullptr) {
-  std::vector<Job> jobs;
+  const int64_t bits = given[0].matrix.bits, nbytes = c10::elementSize(type);
+  std::vector<Job> jobs, tiled;
   for (const Job& job : given)
     for (int64_t m = 0; m < job.M; m += MANY) {
       const Matrix& w = job.matrix;
-      const int64_t nbytes = c10::elementSize(type);
-      jobs.push_back({w, (const char*)job.x + m * w.K * nbytes, std::min(MANY, job.M - m), (char*)job.y + m * w.N * nbytes});
+      const int64_t rows = std::min(MANY, job.M - m);
+      (type == at::kBFloat16 && by_tiles(job.M, bits) ? tiled : jobs).push_back(
+          {w, (const char*)job.x + m * w.K * nbytes, rows, (char*)job.y + m * w.N * nbytes});
     }
-  const int64_t bits = jobs[0].matrix.bits;
-  const auto by_kind = [&](auto zero) {
-    using X = decltype(zero);
-    if (bits == 16) multiply_as<Bfloat16, X>(jobs, type, team);
-    if constexpr (QUANTIZED) {
-      if (bits == 8) multiply_as<Int8, X>(jobs, type, team);
-      if (bits == 4) multiply_as<Int4, X>(jobs, type, team);
-      if (bits == FP4) multiply_as<Fp4, X>(jobs, type, team);
-    }
-  };
+#ifdef TILES
+  if (tiled.size()) by_kind(bits, [&](auto w) { multiply_by_tiles<decltype(w)>(tiled, team); });
+#endif
+  if (jobs.empty()) return;
 #if defined(BYTE_DOT) && !defined(BFLOAT16_ONLY)
   if (type == at::kBFloat16 && bits != 16 && rounded_activations && jobs[0].matrix.group % BLOCK == 0) {
     if (bits == 8) multiply_as<Int8, int8_t>(jobs, type, team);
@@ -399,9 +572,9 @@ void multiply_all(const std::vector<Job>& given, at::ScalarType type, Team* team
   }
 #endif
 #ifdef BFLOAT16_DOT
-  if (type == at::kBFloat16) return by_kind(at::BFloat16());
+  if (type == at::kBFloat16) return by_kind(bits, [&](auto w) { multiply_as<decltype(w), at::BFloat16>(jobs, type, team); });
 #endif
-  by_kind(float());
+  by_kind(bits, [&](auto w) { multiply_as<decltype(w), float>(jobs, type, team); });
 }
 
 using Optional = std::optional<at::Tensor>;
@@ -448,12 +621,12 @@ template <class W> void look_up_as(const Matrix& m, int64_t row, at::BFloat16* y
   const int64_t half = row % PANEL / 16, o = row % 16;
   Groups g = first_panel<W>(m);
   g.next(row / PANEL);
-  widen_scales(m, row / PANEL, g, s);
+  widen_scales(m, row / PANEL, g, s.scale);
   for (int64_t u = 0; u < g.all; u++) {
     const int64_t i = u / g.units;
     const float scale = g.scales(i, half)[o], offset = g.offsets() ? g.offsets(i, half)[o] : 0;
     for (int j = 0; j < 4; j++) {
-      const Pair f = W::pair(g.w + i * g.stride + (2 * (u - i * g.units) + half) * W::HALF, j);
+      const Pair f = W::pair(g.unit<W>(u) + half * W::HALF, j);
       y[u * UNIT + 2 * j] = (f.even[o] + offset) * scale, y[u * UNIT + 2 * j + 1] = (f.odd[o] + offset) * scale;
     }
   }
@@ -558,6 +731,7 @@ TORCH_LIBRARY(LIBRARY, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? offsets, int N, int bits, int group) -> Tensor");
   m.def("pack(Tensor values, Tensor(a!) out, int bits, int group, Tensor? heads) -> ()", &pack);
   m.def("round_activations(bool wanted) -> bool", &round_activations);
+  m.def("by_tiles(int rows, int bits) -> bool", &by_tiles);
   m.def("address() -> int", +[] { return (int64_t)&PRODUCTS; });
   m.def("experts(Tensor x, Tensor ids, Tensor[] w, Tensor?[] more, int[] sizes, bool clamped) -> Tensor");
 }

@@ -1,5 +1,5 @@
-// How packed weights lie, what they mean, and one panel of them times up to 12 rows: the loops in which all of linear.cpp's
-// time goes. What it is not: threads, many rows, operators; those are in linear.cpp.
+// How packed weights lie, what they mean, and one panel of them times up to 12 rows, or by tiles 32: the loops in which all of
+// linear.cpp's time goes. What it is not: threads, many rows, operators; those are in linear.cpp.
 //
 // The layout. 32 outputs make a panel, K inputs long. Inputs come in units of 8, four pairs (2j, 2j+1) each. A pair
 // of 16 outputs is one 64-byte vector of bfloat16 pairs, the operand of AVX-512's dot product of pairs, so that no
@@ -25,6 +25,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -42,9 +43,13 @@ constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's of
 // what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
 template <class W, int R> constexpr int64_t AHEAD =
+#ifdef TILES                                    // Intel's processors: as measured, for all kinds and rows
+    FAR;
+#else
     W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
     W::HALF == 128 ? (R > 4 ? FAR * 3 / 2 : R > 1 ? 0 : FAR / 2) :
     R > 4 ? FAR * 3 / 2 : R > 2 ? FAR / 4 : FAR / 2;
+#endif
 inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
@@ -66,12 +71,16 @@ struct Int8 {
   static constexpr int HALF = 128, BIAS = 128;  // BIAS: what the quads' unsigned bytes are too large by
   static inline Pair pair(const uint8_t* p, int j) {
     const words w = read<words>(p + 64 * (j & 1)) >> (j & 2 ? 8 : 0);
-    return {__builtin_convertvector((ints)(w & 255u) - 128, floats),
-            __builtin_convertvector((ints)(w >> 16 & 255u) - 128, floats)};
+#ifdef BFLOAT16_DOT                              // 2^23 and more: a byte is a float's last one
+    const auto value = [](words w) { return (floats)((w & 255u) | 0x4b000000u) - (0x1p23f + 128); };
+#else
+    const auto value = [](words w) { return __builtin_convertvector((ints)(w & 255u) - 128, floats); };
+#endif
+    return {value(w), value(w >> 16)};
   }
 #ifdef BFLOAT16_DOT
   static inline __m512bh packed(const uint8_t* p, int j) {      // an int8 is exact in bfloat16: the float's upper half
-    Pair f = pair(p, j);
+    const Pair f = pair(p, j);
     return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)f.even, 16), (__m512i)f.odd);
   }
 #endif
@@ -83,9 +92,14 @@ struct Int8 {
 struct Int4 {
   static constexpr int HALF = 64, BIAS = 8;
   static inline Pair pair(const uint8_t* p, int j) {
-    words w = read<words>(p);
-    return {__builtin_convertvector((ints)((w >> (4 * j)) & 15u) - 8, floats),
-            __builtin_convertvector((ints)((w >> (16 + 4 * j)) & 15u) - 8, floats)};
+    const words w = read<words>(p);
+#ifdef BFLOAT16_DOT                              // by a table: its index is the lower 4 bits
+    const floats table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    const auto value = [&](words w) { return (floats)_mm512_permutexvar_ps((__m512i)w, (__m512)table); };
+#else
+    const auto value = [](words w) { return __builtin_convertvector((ints)(w & 15u) - 8, floats); };
+#endif
+    return {value(w >> (4 * j)), value(w >> (16 + 4 * j))};
   }
 #ifdef BFLOAT16_DOT
   static inline __m512bh packed(const uint8_t* p, int j) {      // a table of -8 ... 7, twice: the index has 5 bits
@@ -110,10 +124,17 @@ struct Fp4 {
   static constexpr int HALF = 64, BIAS = 12;
   static inline Pair pair(const uint8_t* p, int j) {
     static constexpr float TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    words w = read<words>(p);
-    Pair f;
-    for (int i = 0; i < 16; i++) f.even[i] = TABLE[w[i] >> (4 * j) & 15], f.odd[i] = TABLE[w[i] >> (16 + 4 * j) & 15];
-    return f;
+    const words w = read<words>(p);
+    const auto value = [](words w) {
+#ifdef BFLOAT16_DOT
+      return (floats)_mm512_permutexvar_ps((__m512i)w, _mm512_loadu_ps(TABLE));
+#else
+      floats f;
+      for (int i = 0; i < 16; i++) f[i] = TABLE[w[i] & 15];
+      return f;
+#endif
+    };
+    return {value(w >> (4 * j)), value(w >> (16 + 4 * j))};
   }
 #ifdef BFLOAT16_DOT
   static inline __m512bh packed(const uint8_t* p, int j) {
@@ -195,6 +216,8 @@ struct alignas(64) Groups {
     if (scale) scale += n * count * PANEL;
     if (offset) offset += n * count * PANEL;
   }
+  // Unit u's weights.
+  template <class W> inline const uint8_t* unit(int64_t u) const { return w + u / units * stride + u % units * 2 * W::HALF; }
   inline floats scales(int64_t i, int half) const {
     const int64_t at = i * PANEL + half * 16;
     if (scale16) return load16(scale16 + at);
@@ -329,6 +352,38 @@ void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
     for (int r = 0; r < R; r++)
       for (int h = 0; h < H; h++) _mm512_storeu_ps(y + r * PANEL + (first + h) * 16, total[r][h]);
   }
+}
+#endif
+
+#ifdef TILES
+// ---- by tiles -----------------------------------------------------------------------------------------------------
+
+// A tile of weights is 16 pairs of inputs, and any 16 will do, as long as x has the same ones: the j-th pairs of 16 units
+// in a row, which lie 512 bytes apart, so that panels serve as they are. 128 inputs, a span, make four such tiles.
+constexpr int64_t SPAN = TILE * UNIT;
+constexpr int64_t PIECE = 2;                    // spans of a panel that all rows meet while it is in the first cache: 16 KB
+
+// What is to be read next, asked for meanwhile: so many lines with each tile.
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;
+  inline void ask() {
+    for (int64_t i = 0; i < lines; i++, at += 64) fetch(at);
+  }
+};
+
+// y [rows][32] (+)= x [spans][4][rows][16 pairs][2] times spans of a panel of bfloat16. both: there are more than 16 rows.
+template <bool both>
+void multiply_spans(const at::BFloat16* x, int64_t rows, const uint8_t* w, int64_t spans, float* y, bool add, Ahead next_x, Ahead next_w) {
+  begin_sums<both>(y, PANEL, add);
+  const char *tiles = (const char*)x, *panel = (const char*)w;
+  for (int64_t i = 0; i < spans; i++, panel += TILE * 2 * Bfloat16::HALF)
+    for (int64_t j = 0; j < 4; j++, tiles += rows * 64) {
+      next_x.ask();
+      next_w.ask();
+      add_products<both>(tiles, 64, panel + 64 * j, 2 * Bfloat16::HALF, Bfloat16::HALF);
+    }
+  end_sums<both>(y, PANEL);
 }
 #endif
 

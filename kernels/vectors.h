@@ -4,7 +4,9 @@
 #include <c10/util/BFloat16.h>
 
 #include <cstring>
+#include <new>
 #include <utility>
+#include <vector>
 #if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #define BFLOAT16_DOT 1
@@ -22,6 +24,15 @@ typedef uint16_t halves __attribute__((vector_size(32)));
 
 template <class T> inline T read(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
 template <class T> inline void write(void* p, T v) { std::memcpy(p, &v, sizeof v); }
+
+// A std::vector from the start of a cache line on: what vectors and tiles read and write then is one line, not parts of two.
+template <class X> struct FromLine {
+  using value_type = X;
+  X* allocate(size_t n) { return (X*)::operator new(n * sizeof(X), std::align_val_t(64)); }
+  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const FromLine&) const = default;
+};
+template <class X> using Lines = std::vector<X, FromLine<X>>;
 
 inline ints to_int(bytes v) {                    // the compiler's own conversion from bytes goes one by one
 #ifdef BFLOAT16_DOT

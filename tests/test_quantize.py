@@ -1,6 +1,7 @@
 """quantize.py, the CPU kernel, gptq.py and the command: each packed path against the dequantized weights."""
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def close(y, reference, dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
     scale = reference.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     assert ((y.float() - reference) / scale).abs().max() < tolerance
+
+
+def by_tiles(M):
+    """Whether the processor's tiles multiply so many rows, as they are."""
+    return torch.ops.cpu_kernels.by_tiles(M, 8)
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def test_every_path_multiplies_the_dequantized_weights(kind, group, K, dtype, pa
     layer.pack()
     for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 33, 70, 530):
         x = inputs(M, K, dtype)
-        seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 else x.float()
+        seen = rounded(x) if path == "rounded" and dtype == torch.bfloat16 and not by_tiles(M) else x.float()
         close(layer(x.view(M, 1, K)).view(M, -1), seen @ w.t(), dtype)
     ids = torch.tensor([[0, 47, 3], [16, 15, 1]])
     assert torch.equal(layer(ids), w[ids].to(dtype))
@@ -131,7 +137,7 @@ def test_bias_and_order_of_inputs(kind, group, path):
     assert torch.equal(layer(torch.arange(32)), wanted)
 
 
-@pytest.mark.parametrize("bits, lowest, highest, beside", [(8, -128, 127, 2), (4, -7, 8, 0), (4, -7, 8, 1), (4, -7, 8, 2)])
+@pytest.mark.parametrize("bits, lowest, highest, beside", [(8, -128, 127, 2), (8, -128, 127, 3), (4, -7, 8, 0), (4, -7, 8, 1), (4, -7, 8, 2)])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
 def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
     """Value and offset that cancel, beside inputs of any size and sign: what a block's sum starts from."""
@@ -144,7 +150,7 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
     values[1] = 1
     if bits == 4 and beside == 2:
         offsets[1], values[1] = -8, 7                      # one that does not fit
-    scales = torch.full((N, K // 32), 0.5, dtype=torch.float16 if beside == 1 else torch.bfloat16)
+    scales = torch.full((N, K // 32), 0.1, dtype={1: torch.float16, 3: torch.float32}.get(beside, torch.bfloat16))
     packed = cpu.pack_scaled(values if bits == 8 else (values + 8).to(torch.uint8), scales, offsets, bits, 32)
     assert (packed[1].dtype == torch.int32) == (beside == 0) and (packed[2] is None) == (beside < 2)
     for M in (1, 2, 5, 8, 9, 32, 100):
@@ -157,7 +163,8 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
 @pytest.mark.parametrize("M", [1, 3, 12, 13, 31, 100, 1030])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
 def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, path):
-    """Half a step in 127 of a block's largest input; and a row's bits are the same alone and among others."""
+    """Half a step in 127 of a block's largest input; and a row's bits are the same alone and among others, or of 16 and more rows
+    where tiles multiply them."""
     K, N = 200, 40
     if kind is Fp4Linear:
         layer = Fp4Linear(K, N, group, device="cpu")
@@ -169,10 +176,11 @@ def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, pat
     x = inputs(M, K, torch.bfloat16)
     x[0, :32], x[0, 32:64], x[0, 70] = 0, 1e-30, 300
     y = layer(x)
-    close(y, rounded(x) @ w.t(), torch.bfloat16)
+    close(y, (x.float() if by_tiles(M) else rounded(x)) @ w.t(), torch.bfloat16)
     blocks = F.pad(x.float().abs(), (0, -K % 32)).unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)[:, :K]
     assert ((y.float() - x.float() @ w.t()).abs() <= (blocks / 254) @ w.abs().t() + y.float().abs() / 128).all()
-    assert all(torch.equal(layer(x[m:m + 1]), y[m:m + 1]) for m in range(0, M, max(1, M // 40)))
+    among = 16 if by_tiles(M) else 1
+    assert all(torch.equal(layer(x[m:m + 1].expand(among, -1))[0], y[m]) for m in range(0, M, max(1, M // 40)))
     x[0, 40], x[M // 2, K - 1] = math.inf, math.nan
     z = layer(x)
     assert not z[0].isfinite().any() and z[M // 2].isnan().all() and torch.equal(z[M // 2 + 1:], y[M // 2 + 1:])
@@ -222,6 +230,41 @@ def test_the_portable_kernel_agrees(group, tmp_path):
             close(y, x.float() @ w.t(), torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind, group", [(None, 0), (Int8Linear, 0), (Int8Linear, 96), (Int4Linear, 32), (Int4Linear, 96), (Fp4Linear, 32)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_rows(kind, group, threads):
+    """Rows, inputs and outputs that fill no tile, group or piece of a panel; several products at once."""
+    if not cpu.available(quantized=True):
+        pytest.skip("there is no C++ compiler")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.ops.cpu_kernels.round_activations(False)
+    try:
+        for N, K in ((7, 8), (70, 288), (300, 1160), (48, 2048)):
+            layer = kind(K, N, group, device="cpu") if kind is Fp4Linear else kind and kind.quantize(weight(N, K), group)
+            if kind is Fp4Linear:
+                layer.weight.random_(256), layer.scales.fill_(0.25)
+            wanted = layer.dequantize().float() if kind else weight(N, K).bfloat16().float()
+            layer = layer.pack() if kind else cpu.PackedLinear(wanted.bfloat16())
+            for M in (10, 16, 17, 31, 33, 530):
+                x = inputs(M, K, torch.bfloat16)
+                lost = (layer(x).float() - x.float() @ wanted.t()).abs()                # at most the weights' rounding and y's
+                assert (lost <= x.float().abs() @ wanted.abs().t() / 128 + 1e-5).all()
+    finally:
+        torch.set_num_threads(before)
+        torch.ops.cpu_kernels.round_activations(True)
+
+
+def test_vectors_serve_where_there_could_be_tiles():
+    """What a system that does not give a program its tiles leaves."""
+    if not (cpu.available(quantized=True) and by_tiles(16)):
+        pytest.skip("there is no C++ compiler, or no tiles")
+    tests = ["tests/test_quantize.py::test_many_rows", "tests/test_kernels.py::test_attention_of_prompts"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"CPU_KERNELS": "vectors"})
+    assert done.returncode == 0 and set(done.stdout.split()[0]) == {"."}, done.stdout
+
+
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("kind, lowest, least, beside", [
     (Int4Linear, -7, 2 ** -31, ()), (Int4Linear, -8, 2 ** -31, ("scales", "offsets")), (Int4Linear, -7, -1.0, ("scales",)),
@@ -245,7 +288,7 @@ def test_scales_and_offsets_go_among_the_weights_where_they_fit(kind, group, low
     assert torch.equal(layer.dequantize(), w) and torch.equal(layer.dequantize(ids), w[ids])
     for M, dtype in ((1, torch.float32), (40, torch.bfloat16), (5, torch.bfloat16)):
         x = inputs(M, 168, dtype)
-        close(layer(x), (rounded(x) if dtype == torch.bfloat16 else x.float()) @ w.t(), dtype)
+        close(layer(x), (rounded(x) if dtype == torch.bfloat16 and not by_tiles(M) else x.float()) @ w.t(), dtype)
     layer.unpack_from_kernel()
     assert before.keys() == layer.state_dict().keys()
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
