@@ -248,24 +248,27 @@ void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, 
   for (int r = 0; r < ROWS; r += BY_VECTORS) product_by_vectors(x + r * BLOCK, panel, pairs, y + r * stride, stride, add);
 }
 
-// A block of keys and values as panels, and a tile's scores and probabilities. Slots from S on count as zeros.
+// A head's width as panels have it.
+inline int64_t padded(int64_t E) { return (E + PANEL - 1) / PANEL * PANEL; }
+
+// A block of keys and values as panels, and a tile's scores and probabilities. Slots from S on count as zeros, and what pads E.
 struct Laid {
-  Lines<BFloat16> k, v, p;          // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK]
+  Lines<BFloat16> k, v, p;          // [BLOCK / 32][E / 2][32][2], [E / 32][BLOCK / 2][32][2], [ROWS][BLOCK], E padded
   Lines<float> scores;              // [ROWS][BLOCK]
 
   void lay(const Keys& h, int64_t at, int64_t S) {
     static const BFloat16 none[WIDEST] = {};
-    const int64_t E = h.E;
+    const int64_t E = padded(h.E);
     k.resize(BLOCK * E), v.resize(BLOCK * E), p.resize(BLOCK * ROWS), scores.resize(ROWS * BLOCK);
     for (int64_t s = 0; s < BLOCK; s++) {
       const BFloat16* key = at + s < S ? h.k + (at + s) * h.k_stride : none;
       BFloat16* to = k.data() + s / PANEL * PANEL * E + s % PANEL * 2;
-      for (int64_t j = 0; j < E / 2; j++) write(to + j * 2 * PANEL, read<uint32_t>(key + 2 * j));
+      for (int64_t j = 0; j < E / 2; j++) write(to + j * 2 * PANEL, j < h.E / 2 ? read<uint32_t>(key + 2 * j) : 0u);
     }
     for (int64_t s = 0; s < BLOCK; s += 2)
       for (int64_t e = 0; e < E; e += 16) {
         const auto half = [&](int64_t i) {
-          return __builtin_convertvector(read<halves>(at + i < S ? h.v + (at + i) * h.v_stride + e : none), words);
+          return __builtin_convertvector(read<halves>(at + i < S && e < h.E ? h.v + (at + i) * h.v_stride + e : none), words);
         };
         write(v.data() + (e / PANEL * BLOCK + s) * PANEL + e % PANEL * 2, half(s) | half(s + 1) << 16);
       }
@@ -274,7 +277,7 @@ struct Laid {
 
 // Of the queries of one tile: their largest score yet, the sum of exponentials relative to it, and so weighted values.
 struct alignas(64) Tile {
-  BFloat16 q[ROWS][WIDEST];         // E of each are used
+  BFloat16 q[ROWS][WIDEST];         // E of each are used, padded
   float most[ROWS], total[ROWS];
   Lines<float> y;                   // [ROWS][E]
   const bool* mask[ROWS];           // null: there is no such query
@@ -305,18 +308,20 @@ void soften_row(const Keys& h, Tile& t, int r, int64_t at, int64_t begin, int64_
     write(block.p.data() + r * BLOCK + s, _mm512_cvtneps_pbh((__m512)x));
   }
   t.total[r] = t.total[r] * shrink + sum(total), t.most[r] = highest;
-  for (int64_t e = 0; shrink != 1 && e < h.E; e += LANES) write(t.y.data() + r * h.E + e, read<floats>(t.y.data() + r * h.E + e) * shrink);
+  float* const y = t.y.data() + r * padded(h.E);
+  for (int64_t e = 0; shrink != 1 && e < h.E; e += LANES) write(y + e, read<floats>(y + e) * shrink);
 }
 
 // A tile meets the block of slots from `at` on.
 void meet(const Keys& h, Tile& t, int64_t at, int64_t S, Laid& block) {
   const int64_t begin = std::max<int64_t>(0, t.first - at) / PANEL * PANEL, end = std::min(BLOCK, (t.last - at + PANEL - 1) / PANEL * PANEL);
+  const int64_t E = padded(h.E);
   if (begin >= end) return;
   for (int64_t s = begin; s < end; s += PANEL)
-    product(t.q[0], block.k.data() + s * h.E, h.E / 2, block.scores.data() + s, BLOCK, false);
+    product(t.q[0], block.k.data() + s * E, E / 2, block.scores.data() + s, BLOCK, false);
   for (int r = 0; r < ROWS && t.mask[r]; r++) soften_row(h, t, r, at, begin, end, S, block);
-  for (int64_t e = 0; e < h.E; e += PANEL)
-    product(block.p.data() + begin, block.v.data() + (e * BLOCK) + begin * PANEL, (end - begin) / 2, t.y.data() + e, h.E, true);
+  for (int64_t e = 0; e < E; e += PANEL)
+    product(block.p.data() + begin, block.v.data() + (e * BLOCK) + begin * PANEL, (end - begin) / 2, t.y.data() + e, E, true);
 }
 
 void attend_prompts(const Attention& a, Team* team) {
@@ -341,12 +346,12 @@ void attend_prompts(const Attention& a, Team* team) {
       for (int64_t r = 0; r < int64_t(tiles.size()) * ROWS; r++) {
         Tile& t = tiles[r / ROWS];
         const int row = r % ROWS;
-        if (row == 0) t.y.assign(E * ROWS, 0), t.first = a.S, t.last = 0;
+        if (row == 0) t.y.assign(padded(E) * ROWS, 0), t.first = a.S, t.last = 0;
         t.mask[row] = r < n ? mask + time_of(r) * a.mask_strides[1] : nullptr;
         t.most[row] = -std::numeric_limits<float>::infinity(), t.total[row] = 0;
-        if (r >= n) { std::fill_n(t.q[row], E, BFloat16(0)); continue; }
+        if (r >= n) { std::fill_n(t.q[row], padded(E), BFloat16(0)); continue; }
         const BFloat16* query = q + b * a.q_strides[0] + (kv * G + r % G) * a.q_strides[1] + time_of(r) * a.q_strides[2];
-        std::copy_n(query, E, t.q[row]);
+        std::fill(std::copy_n(query, E, t.q[row]), t.q[row] + padded(E), BFloat16(0));
         if (r % G == 0) range = seen(t.mask[row], 0, 1, a.S);
         t.first = std::min(t.first, range.first), t.last = std::max(t.last, range.second);
         first = std::min(first, t.first), last = std::max(last, t.last);
@@ -358,18 +363,18 @@ void attend_prompts(const Attention& a, Team* team) {
       for (int64_t r = 0; r < n; r++) {
         const Tile& t = tiles[r / ROWS];
         BFloat16* out = (BFloat16*)a.out + ((b * T + time_of(r)) * H + kv * G + r % G) * E;
-        for (int64_t e = 0; e < E; e++) out[e] = t.y[r % ROWS * E + e] / t.total[r % ROWS];
+        for (int64_t e = 0; e < E; e++) out[e] = t.y[r % ROWS * padded(E) + e] / t.total[r % ROWS];
       }
     }
   });
 }
 #endif
 
-// Either way. Prompts: E a multiple of 32, up to 256.
+// Either way. Prompts: E up to 256.
 void attend_bfloat16(const Attention& a, Team* team) {
   if (a.B * a.T == 0) return;
 #ifdef BFLOAT16_DOT
-  if (a.T > FEW && a.E % PANEL == 0 && a.E <= WIDEST) return attend_prompts(a, team);
+  if (a.T > FEW && a.E <= WIDEST) return attend_prompts(a, team);
 #endif
   attend_all<at::BFloat16>(a, team);
 }

@@ -278,7 +278,7 @@ def experts(x: Tensor, ids: Tensor, w: list[Tensor], more: list[Tensor | None], 
 
 def most_queries(E: int, dtype: torch.dtype) -> float:
     """How many queries a row the kernel takes."""
-    return math.inf if dtype == torch.bfloat16 and E % 32 == 0 and E <= 256 and ABLE.get("prompts") else FEW
+    return math.inf if dtype == torch.bfloat16 and E % 16 == 0 and E <= 256 and ABLE.get("prompts") else FEW
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float = 0.0,

@@ -224,7 +224,7 @@ def test_a_broken_model_shows():
 def test_there_is_nothing_to_compile_in_one_call():
     assert compile_steps(model=packed_model()) == EAGER
     assert (compile_steps(True, True, packed_model()) == EAGER) == cpu.ABLE["prompts"]
-    assert compile_steps(True, True, packed_model(head_dim=48)).prefill is not EAGER.prefill
+    assert compile_steps(True, True, packed_model(head_dim=272)).prefill is not EAGER.prefill
     assert compile_steps(model=packed_model(activation="gelu")).decode is not EAGER.decode
     assert compile_steps(model=packed_model().to(torch.bfloat16)).decode is not EAGER.decode
     assert compile_speculation(packed_model()) == compile_speculation(packed_model(), packed_model()) == SpeculativeSteps()
