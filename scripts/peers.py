@@ -6,6 +6,10 @@ rounds can alternate. Nothing here is needed to generate text:
     pip install llama-cpp-python gguf       # builds llama.cpp, some minutes
     pip install transformers
 
+On a processor with tiles (AMX) GCC 12 leaves out what llama.cpp writes into their configuration, and the program crashes. Then:
+
+    CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" pip install --no-binary llama-cpp-python llama-cpp-python gguf
+
 What it is not: a comparison of quality, or of what these programs can do beyond one row of greedy text.
 """
 import os
