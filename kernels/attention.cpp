@@ -279,7 +279,7 @@ struct Laid {
 struct alignas(64) Tile {
   BFloat16 q[ROWS][WIDEST];         // E of each are used, padded
   float most[ROWS], total[ROWS];
-  Lines<float> y;                   // [ROWS][E]
+  Lines<float> y;                   // [ROWS][E], padded
   const bool* mask[ROWS];           // null: there is no such query
   int64_t first, last;              // slots that at least one of them sees
 };

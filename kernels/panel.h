@@ -43,7 +43,7 @@ constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's of
 // what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
 template <class W, int R> constexpr int64_t AHEAD =
-#ifdef TILES                                    // Intel's processors: as measured, for all kinds and rows
+#ifdef TILES                                    // Intel's: a page ahead was best or as good for all kinds and rows, unlike on AMD's
     FAR;
 #else
     W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
