@@ -36,21 +36,32 @@ constexpr int PANEL = 32, UNIT = 8;
 template <class X> constexpr int ROWS = std::is_same_v<X, float> ? 4 : std::is_same_v<X, int8_t> ? 8 : 12;
 constexpr int64_t BLOCK = 32;                   // inputs of x that share a scale
 constexpr int64_t HEAD = 64;                    // bytes of a group's scales and offsets, where they lie before its weights
-constexpr int HEAD_EXCESS = 15;                 // what a nibble and a head's offset, added up, are too large by
 
 // Bytes that are asked for before they are needed, as measured; 0: the processor's own reading ahead is as good, of few bytes
-// for much arithmetic. Only the second cache is asked: the first has few requests open at a time, and what floods it holds up
-// what is multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
+// for much arithmetic. The second cache is asked: the first has few requests open at a time, and what floods it holds up what is
+// multiplied now. The more is multiplied, the farther ahead is better; but a page ahead is worse than either side of it.
 constexpr int64_t FAR = 4096;
-template <class W, int R> constexpr int64_t AHEAD =
-#ifdef TILES                                    // Intel's: a page ahead was best or as good for all kinds and rows, unlike on AMD's
-    FAR;
+#ifdef TILES                                    // Intel's: a page ahead is best, and SOON before it is needed the first cache is asked too
+template <class W, int R> constexpr int64_t AHEAD = FAR;
+template <class W, int R> constexpr int64_t SOON = W::HALF < 256 ? FAR * 3 / 8 : R > 2 && R < 7 ? 0 : FAR / 2;
 #else
+template <class W, int R> constexpr int64_t AHEAD =
     W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
     W::HALF == 128 ? (R > 4 ? FAR * 3 / 2 : R > 1 ? 0 : FAR / 2) :
     R > 4 ? FAR * 3 / 2 : R > 2 ? FAR / 4 : FAR / 2;
+template <class W, int R> constexpr int64_t SOON = 0;
 #endif
 inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
+
+// A line that far behind p.
+template <class W, int R> inline __attribute__((always_inline)) void ask_line(const uint8_t* p) {
+  if (AHEAD<W, R>) fetch(p + AHEAD<W, R>);
+  if (SOON<W, R>) __builtin_prefetch(p + SOON<W, R>);
+}
+template <class W, int R> inline __attribute__((always_inline)) void ask_unit(const uint8_t* unit) {
+#pragma GCC unroll 8
+  for (int line = 0; line < 2 * W::HALF; line += 64) ask_line<W, R>(unit + line);
+}
 
 // ---- weights: pair j of a unit, for 16 outputs --------------------------------------------------------------------
 
@@ -114,6 +125,9 @@ struct Int4 {
 #ifdef BYTE_DOT
   static inline __m512i quad(const uint8_t* p, int q) {
     const __m512i w = _mm512_loadu_si512(p);
+#ifdef __GFNI__                                  // bits 4 to 7 of each byte, in one instruction
+    if (q) return _mm512_gf2p8affine_epi64_epi8(w, _mm512_set1_epi64(0x1020408000000000), 0);
+#endif
     return _mm512_and_si512(q ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(15));
   }
 #endif
@@ -161,8 +175,7 @@ struct Fp4 {
 template <class W, class X, int R, int C>
 inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int64_t units) {
   for (int64_t u = 0; u < units; u++, w += 2 * W::HALF, x += UNIT * R) {
-#pragma GCC unroll 8
-    for (int line = 0; line < 2 * W::HALF && AHEAD<W, R>; line += 64) fetch(w + AHEAD<W, R> + line);
+    ask_unit<W, R>(w);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
 #ifdef BFLOAT16_DOT
@@ -189,8 +202,8 @@ inline void dot_units(floats (&sum)[C][R][2], const uint8_t* w, const X* x, int6
 }
 
 // Of a block of x as int8: what they were divided by, and what their sum of products starts from, since weights' bytes are
-// too large.
-struct Rounding { float scale; int32_t zero; };
+// too large; where weights have offsets, the sum of x itself, its lower 16 bits.
+struct Rounding { float scale; int32_t start; };
 
 // A panel: its weights, and what they are multiplied with: heads, or [groups][32] each scales in bfloat16 or float (null: 1)
 // and offsets (null: 0). With x's sums by group and, of bytes, how its blocks were rounded, [groups or blocks][rows].
@@ -233,19 +246,11 @@ struct alignas(64) Groups {
     return (ints)(load_bytes(heads + i * stride + 48) >> 4 * half & 15u) - 7;
   }
   // For what lies beside the weights.
-  template <int64_t N> inline __attribute__((always_inline)) void ask(int64_t i) const {
-    if (heads && N) fetch(heads + i * stride + N);
+  template <class W, int R> inline __attribute__((always_inline)) void ask(int64_t i) const {
+    if (heads) ask_line<W, R>(heads + i * stride);
     if (scale16) fetch(scale16 + (i + ahead) * PANEL);
     if (offset) fetch(offset + (i + ahead) * PANEL);
   }
-#ifdef BYTE_DOT
-  // A head's offsets plus 7, four times each: what a quad's bytes grow by.
-  inline __m512i quad(int64_t i, int half) const {
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(heads + i * stride + 48)));
-    const __m512i each = _mm512_shuffle_epi8(wide, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    return _mm512_and_si512(half ? _mm512_srli_epi16(each, 4) : each, _mm512_set1_epi8(15));
-  }
-#endif
 };
 
 // y [R][32] (+)= x [K / 2][R][2] times a panel.
@@ -265,7 +270,7 @@ void multiply(const X* x, const Groups& g, float* y, bool add) {
         const floats offset = __builtin_convertvector(g.offsets(i, half), floats);
         for (int r = 0; r < R; r++) sum[0][r][half] = offset * g.x_sum[i * R + r];
       }
-    g.ask<AHEAD<W, R>>(i);
+    g.ask<W, R>(i);
     dot_units<W, X, R, C>(sum, w, x, units);
     for (int half = 0; half < 2; half++) {
       const floats scale = g.scales(i, half);
@@ -283,12 +288,12 @@ void multiply(const X* x, const Groups& g, float* y, bool add) {
 
 #ifdef BYTE_DOT
 // The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
-// What the bytes are too large by is what a block's sum starts from: zeros give exactly zero, and it costs nothing.
+// What the bytes are too large by, less the offset, times the sum of x is what a block's sum starts from: zeros give exactly zero.
 // Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
 template <class W, int R>
 void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
-  constexpr int H = W::HALF == 64 && R > 5 ? 1 : 2;
-  constexpr bool INT4 = std::is_same_v<W, Int4>;
+  constexpr bool FOUR = W::HALF == 64;          // bits, which always have offsets
+  constexpr int H = FOUR && R > 5 ? 1 : 2;
 #pragma GCC unroll 2
   for (int first = 0; first < 2; first += H) {
     const int8_t* in = x;
@@ -297,32 +302,24 @@ void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
     for (int64_t i = 0; i < g.count; i++) {
       __m512 sum[R][H] = {};
       const uint8_t* unit = g.w + i * g.stride + first * W::HALF;
-      __m512i plus[H] = {}, offset[H] = {};                   // a head's, for each byte of a quad; or any, in 16 bits
-      for (int h = 0; h < H; h++) {
-        if (INT4 && g.heads) plus[h] = g.quad(i, first + h);
-        if (g.offset) offset[h] = (__m512i)g.offsets(i, first + h);
-      }
-      if (first == 0) g.ask<AHEAD<W, R>>(i);
-      const auto block = [&](auto units, auto apart) {        // apart: offsets are not in heads, which is rare
+      __m512i plus[H] = {};                     // what is added to the bytes
+      for (int h = 0; h < H && g.offsets(); h++) plus[h] = (__m512i)(g.offsets(i, first + h) - W::BIAS);
+      if (first == 0) g.ask<W, R>(i);
+      const auto block = [&](auto units, auto offsets) {
         __m512i dot[R][H];
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
-          for (int h = 0; h < H; h++) {
-            dot[r][h] = _mm512_set1_epi32(rounding[r].zero);
-            if (apart)                        // a product of 16-bit halves, the upper ones times zero
-              dot[r][h] = _mm512_dpwssd_epi32(dot[r][h], offset[h], _mm512_set1_epi32(rounding[r].zero / -W::BIAS & 0xffff));
-          }
+        for (int r = 0; r < R; r++) {
+          const __m512i start = _mm512_set1_epi32(rounding[r].start);
+          for (int h = 0; h < H; h++)           // a product of 16-bit halves, start's upper one being zero
+            dot[r][h] = offsets ? _mm512_dpwssd_epi32(_mm512_setzero_si512(), plus[h], start) : start;
+        }
 #pragma GCC unroll 4
         for (int n = 0; n < units; n++, unit += 2 * W::HALF, in += UNIT * R) {
-#pragma GCC unroll 4
-          for (int line = 0; line < 2 * W::HALF && AHEAD<W, R> && first == 0; line += 64) fetch(unit + AHEAD<W, R> + line);
+          if (first == 0) ask_unit<W, R>(unit);
 #pragma GCC unroll 2
           for (int q = 0; q < 2; q++) {
             __m512i values[H];
-            for (int h = 0; h < H; h++) {
-              values[h] = W::quad(unit + h * W::HALF, q);
-              if (INT4) values[h] = _mm512_add_epi8(values[h], plus[h]);
-            }
+            for (int h = 0; h < H; h++) values[h] = W::quad(unit + h * W::HALF, q);
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
               const __m512i four = _mm512_set1_epi32(read<int32_t>(in + (q * R + r) * 4));
@@ -337,12 +334,12 @@ void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
         rounding += R;
       };
       const int64_t units = std::min(g.units, g.all - i * g.units);
-      const auto blocks = [&](auto apart) {
+      const auto blocks = [&](auto offsets) {
         constexpr int64_t whole = BLOCK / UNIT;
-        for (int64_t u = 0; u + whole <= units; u += whole) block(std::integral_constant<int, whole>(), apart);
-        if (units % whole) block(units % whole, apart);
+        for (int64_t u = 0; u + whole <= units; u += whole) block(std::integral_constant<int, whole>(), offsets);
+        if (units % whole) block(units % whole, offsets);
       };
-      g.offset ? blocks(std::true_type()) : blocks(std::false_type());
+      FOUR || g.offset ? blocks(std::true_type()) : blocks(std::bool_constant<FOUR>());
       for (int h = 0; h < H; h++) {
         const __m512 scale = (__m512)g.scales(i, first + h);
 #pragma GCC unroll 12

@@ -239,13 +239,13 @@ const Products& products(const Matrix& m) { return m.bits == 16 ? *plain : *quan
 void norm_row(const Norm& n, const bfloat16* x, int64_t D, bfloat16* y) { norm_row(x, n.scale, D, n.eps, n.cast, n.plus, y); }
 
 // At least n numbers' room, which is not cleared at every turn from a narrow product to a wide one.
-bfloat16* grow(std::vector<bfloat16>& room, int64_t n) {
+bfloat16* grow(Lines<bfloat16>& room, int64_t n) {
   if (int64_t(room.size()) < n) room.resize(n);
   return room.data();
 }
 
 // x [rows, D] normed, in `room`; or x itself.
-const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, std::vector<bfloat16>& room, Team* team) {
+const bfloat16* normed(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, Lines<bfloat16>& room, Team* team) {
   if (!n.scale) return x;
   bfloat16* const y = grow(room, rows * D);
   by_row(team, rows, D, [&](int64_t r) { norm_row(n, x + r * D, D, y + r * D); });
@@ -260,7 +260,7 @@ void add_row(const bfloat16* x, float alpha, int64_t n, bfloat16* y) {
 }
 
 // x [rows, K] -> [rows, N], in `room`; next: the matrix that the next call will have, or null
-bfloat16* multiply(const Matrix& m, const Matrix* next, const bfloat16* x, int64_t rows, std::vector<bfloat16>& room, Team* team) {
+bfloat16* multiply(const Matrix& m, const Matrix* next, const bfloat16* x, int64_t rows, Lines<bfloat16>& room, Team* team) {
   bfloat16* const y = grow(room, rows * m.N);
   if (team && next && rows <= 32)     // a prompt does not wait for memory
     team->will_read([&](int64_t thread) { return products(*next).begin_of(*next, thread, team->size()); });
@@ -270,7 +270,7 @@ bfloat16* multiply(const Matrix& m, const Matrix* next, const bfloat16* x, int64
 }
 
 // y [rows, D] += alpha * norm(x)
-void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, std::vector<bfloat16>& room, bfloat16* y,
+void add(const Norm& n, const bfloat16* x, int64_t rows, int64_t D, double alpha, Lines<bfloat16>& room, bfloat16* y,
          Team* team) {
   const bfloat16* const more = normed(n, x, rows, D, room, team);
   by_row(team, rows, D, [&](int64_t r) { add_row(more + r * D, alpha, D, y + r * D); });
@@ -296,7 +296,7 @@ void gate(const bfloat16* h, int64_t n, int64_t F, bool silu, bfloat16* y, Team*
 
 // What lies between the products, of the thread that called.
 struct Room {
-  std::vector<bfloat16> x, normed, made, y;           // made: by the last product
+  Lines<bfloat16> x, normed, made, y;           // made: by the last product
 };
 thread_local Room own;
 
@@ -304,7 +304,7 @@ thread_local Room own;
 struct Trim {
   ~Trim() {
     for (auto* v : {&own.x, &own.normed, &own.made, &own.y})
-      if (v->capacity() > 1 << 23) std::vector<bfloat16>().swap(*v);
+      if (v->capacity() > 1 << 23) Lines<bfloat16>().swap(*v);
   }
 };
 
