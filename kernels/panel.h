@@ -44,12 +44,14 @@ constexpr int64_t FAR = 4096;
 #ifdef TILES                                    // Intel's: a page ahead is best, and SOON before it is needed the first cache is asked too
 template <class W, int R> constexpr int64_t AHEAD = FAR;
 template <class W, int R> constexpr int64_t SOON = W::HALF < 256 ? FAR * 3 / 8 : R > 2 && R < 7 ? 0 : FAR / 2;
+constexpr int MOST_AT_ONCE = 8;                 // rows of int8 that meet both halves of a panel of 4 bits at once
 #else
 template <class W, int R> constexpr int64_t AHEAD =
     W::HALF == 64 ? (R > 1 ? FAR * 3 / 2 : 0) :
     W::HALF == 128 ? (R > 4 ? FAR * 3 / 2 : R > 1 ? 0 : FAR / 2) :
     R > 4 ? FAR * 3 / 2 : R > 2 ? FAR / 4 : FAR / 2;
 template <class W, int R> constexpr int64_t SOON = 0;
+constexpr int MOST_AT_ONCE = 5;
 #endif
 inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }      // else optimized away
 
@@ -289,11 +291,12 @@ void multiply(const X* x, const Groups& g, float* y, bool add) {
 #ifdef BYTE_DOT
 // The same for x in int8, [K / 4][R][4]: whole numbers within a block, x's scale when it ends, the weights' when a group does.
 // What the bytes are too large by, less the offset, times the sum of x is what a block's sum starts from: zeros give exactly zero.
-// Both halves of the panel at once, or with many groups and rows one after the other: then every sum stays in a register.
+// Both halves of the panel at once; or with many groups and rows one after the other, so that every sum stays in a register, where
+// that is worth more than x's numbers that are loaded twice then.
 template <class W, int R>
 void multiply_bytes(const int8_t* x, const Groups& g, float* y) {
   constexpr bool FOUR = W::HALF == 64;          // bits, which always have offsets
-  constexpr int H = FOUR && R > 5 ? 1 : 2;
+  constexpr int H = FOUR && R > MOST_AT_ONCE ? 1 : 2;
 #pragma GCC unroll 2
   for (int first = 0; first < 2; first += H) {
     const int8_t* in = x;
