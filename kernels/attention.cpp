@@ -241,7 +241,7 @@ void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, 
   if (Tiles::given()) {
     begin_sums<true>(y, stride, add);
     for (int64_t j = 0; j < pairs; j += TILE)
-      add_products<true>((const char*)(x + 2 * j), BLOCK * 2, (const char*)(panel + 2 * PANEL * j), PANEL * 4, PANEL * 2);
+      add_products<true>((const char*)(x + 2 * j), BLOCK * 2, (const char*)(panel + 2 * PANEL * j), PANEL * 4, PANEL * 2, [] {});
     return end_sums<true>(y, stride);
   }
 #endif

@@ -424,6 +424,7 @@ void store_panels(const Tiled& p, int64_t first, int64_t n, const Groups* g, boo
 template <class W> void multiply_panels(const Tiled& p, int64_t first, int64_t n, Scratch& s) {
   constexpr int64_t UNITS = PIECE * TILE, STEPS = 4 * PIECE;            // of a piece: units, and tiles one behind another
   const int64_t spans = (p.matrix.K + SPAN - 1) / SPAN, steps = p.blocks * STEPS;
+  const bool direct = std::is_same_v<W, Bfloat16> && p.blocks == 1;
   const int64_t lines = (UNITS * 2 * W::HALF / 64 + steps - 1) / steps, x_lines = n > 1 ? p.each() * 2 / 64 / (n * STEPS) : 0;
   Groups g[TOGETHER] = {};
   const Groups start = first_panel<W>(p.matrix);
@@ -442,7 +443,8 @@ template <class W> void multiply_panels(const Tiled& p, int64_t first, int64_t n
       for (int64_t b = 0; b < p.blocks; b++) {
         const Ahead next_w{next + b * lines * STEPS * 64, lines};
         const Ahead next_x{(const uint8_t*)p.tiles((at + 1) % p.pieces, b) + i * x_lines * STEPS * 64, x_lines};
-        (p.rows > TILE ? multiply_spans<true> : multiply_spans<false>)(
+        (p.rows > TILE ? direct ? multiply_spans<true, true> : multiply_spans<true, false> :
+                         direct ? multiply_spans<false, true> : multiply_spans<false, false>)(
             p.tiles(at, b), p.rows, panel, std::min(PIECE, spans - at * PIECE),
             s.y.data() + i * each + b * p.rows * PANEL, at > 0, next_x, next_w);
       }

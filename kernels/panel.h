@@ -372,16 +372,20 @@ struct Ahead {
   }
 };
 
-// y [rows][32] (+)= x [spans][4][rows][16 pairs][2] times spans of a panel of bfloat16. both: there are more than 16 rows.
-template <bool both>
+// y [rows][32] (+)= x [spans][4][rows][16 pairs][2] times spans of a panel of bfloat16. both: there are more than 16 rows. direct: the
+// panel comes from memory, through the second cache and the first, whose distances were measured (a quarter of 16 rows' time).
+template <bool both, bool direct>
 void multiply_spans(const at::BFloat16* x, int64_t rows, const uint8_t* w, int64_t spans, float* y, bool add, Ahead next_x, Ahead next_w) {
   begin_sums<both>(y, PANEL, add);
-  const char *tiles = (const char*)x, *panel = (const char*)w;
+  const char *tiles = (const char*)x, *panel = (const char*)w, *far = panel + 2 * FAR;
   for (int64_t i = 0; i < spans; i++, panel += TILE * 2 * Bfloat16::HALF)
     for (int64_t j = 0; j < 4; j++, tiles += rows * 64) {
-      next_x.ask();
-      next_w.ask();
-      add_products<both>(tiles, 64, panel + 64 * j, 2 * Bfloat16::HALF, Bfloat16::HALF);
+      if (!direct) next_x.ask(), next_w.ask();
+      add_products<both>(tiles, 64, panel + 64 * j, 2 * Bfloat16::HALF, Bfloat16::HALF, [&] {
+#pragma GCC unroll 1                            // a loop stays where it is: the compiler moves single ones together
+        for (int line = 0; line < TILE * 2 * Bfloat16::HALF / 64 / 4 / MEANWHILE && direct; line++, far += 64)
+          fetch(far), __builtin_prefetch(far - FAR / 2);
+      });
     }
   end_sums<both>(y, PANEL);
 }
