@@ -108,6 +108,15 @@ template <class X> constexpr bool unpacks_once(int64_t M, bool scaled) {
   return M > DIRECT && scaled && std::is_same_v<X, at::BFloat16>;
 }
 
+// Whether tiles multiply so many rows in int8. Fewer, vectors are as fast; more become bfloat16.
+bool bytes_by_tiles(int64_t rows) {
+#ifdef TILES
+  return rows > ROWS<int8_t> && rows <= TILE && Tiles::given();
+#else
+  return false;
+#endif
+}
+
 // The rows of a block at most. Fewer where int8 and int4 become floats on the way: that form is rare, and each number of rows
 // takes time to build.
 template <class W, class X> constexpr int most_rows(bool once) {
@@ -168,6 +177,13 @@ void panel(const Product& p, Groups& g, Scratch& s) {
       } else {
         g.x_sum = p.x_sum.data() + m * g.count;
         g.rounding = p.rounding + m * ((p.K + BLOCK - 1) / BLOCK);
+#ifdef TILES
+        if constexpr (std::is_same_v<X, int8_t>)
+          if (bytes_by_tiles(rows)) {
+            g.units == BLOCK / UNIT ? multiply_bytes_by_tiles<W, true>(xs, rows, g, y) : multiply_bytes_by_tiles<W, false>(xs, rows, g, y);
+            continue;
+          }
+#endif
         multiply_rows<W, X>(rows, Rows(), xs, g, y, false);
       }
     }
@@ -207,6 +223,10 @@ void run(const std::vector<Product>& products, Team* team) {
     for (int64_t i = begin; i < end;) {
       const Product& p = products[i / panels];
       const int64_t index = i % panels, last = std::min(panels, index + end - i);
+#ifdef TILES
+      std::optional<Tiles> shapes;
+      if (std::is_same_v<X, int8_t> && bytes_by_tiles(p.M)) shapes.emplace(p.M, true);
+#endif
       Groups g = p.groups;
       g.next(index);
       for (int64_t at = index; at < last; at++, i++, g.next()) {
@@ -258,9 +278,9 @@ template <class X> std::vector<float> group_sums(const X* x, int64_t M, int64_t 
 }
 
 #ifdef BYTE_DOT
-// n inputs, at most 16 blocks -> int8 in the order of quads, and how each block was rounded. From one quad and one block to
-// the next it is `stride` of them.
-void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t excess, int32_t* quads, Rounding* rounding) {
+// n inputs of one of `rows`, at most 16 blocks -> int8 in the order of quads, and how each block was rounded. From one quad to the
+// next it is `stride` of them, 1 or `rows`.
+void round_blocks(const at::BFloat16* x, int64_t n, int64_t rows, int64_t stride, int32_t excess, int32_t* quads, Rounding* rounding) {
   alignas(64) at::BFloat16 padded[LANES * BLOCK];
   if (n < LANES * BLOCK) {
     std::fill(std::copy_n(x, n, padded), padded + LANES * BLOCK, at::BFloat16(0));
@@ -272,18 +292,18 @@ void round_blocks(const at::BFloat16* x, int64_t n, int64_t stride, int32_t exce
   floats v[LANES];
   for (int j = 0; j < LANES; j++) v[j] = larger(size(j * BLOCK), size(j * BLOCK + LANES));
   const floats most = fold(v, larger), scale = most * (1 / 127.0f), inverse = most > 0 ? 127 / most : 0;
-  for (int i = 0; i < 2 * LANES; i++, quads += 4 * stride) {                // two vectors a block
+  for (int i = 0; i < 2 * LANES; i++) {         // two vectors a block
     const __m512i whole = _mm512_cvtps_epi32((__m512)(load16(x + i * LANES) * inverse[i / 2]));
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const __m128i four = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order);
     v[i / 2] = (i % 2 ? v[i / 2] : floats{}) + (floats)_mm512_cvtepi32_ps(whole);
     alignas(16) int32_t quad[4];
     write(quad, four);
-    for (int q = 0; q < 4 && i * LANES + 4 * q < n; q++) quads[q * stride] = quad[q];
+    for (int q = 0; q < 4 && i * LANES + 4 * q < n; q++) quads[i / 2 * 8 * rows + (i % 2 * 4 + q) * stride] = quad[q];
   }
   const ints sums = __builtin_convertvector(fold(v, [](floats a, floats b) { return a + b; }), ints);
   const ints start = excess ? sums * -excess : sums & 0xffff;
-  for (int j = 0; j * BLOCK < n; j++) rounding[j * stride] = {scale[j], start[j]};
+  for (int j = 0; j * BLOCK < n; j++) rounding[j * rows] = {scale[j], start[j]};
 }
 
 // Room for rows in int8, of the thread that called. It stays, for to ask for memory takes as long as to round a row. And it is
@@ -303,7 +323,7 @@ struct Room {
   }
 };
 
-// x [M, K] -> blocks of [K / 4][rows][4] in int8, and how they were rounded.
+// x [M, K] -> blocks of [K / 4][rows][4] in int8, for tiles [K / 32][rows][32], and how they were rounded.
 void round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int32_t excess, int32_t* quads, Rounding* rounding, Team* team) {
   const int64_t count = (K + BLOCK - 1) / BLOCK, step = LANES * BLOCK, steps = (K + step - 1) / step;
   if (M == 1) {                       // what lies far away is asked for at once, not line by line
@@ -315,8 +335,9 @@ void round_rows(const at::BFloat16* x, int64_t M, int64_t K, int64_t block, int3
     for (int64_t i = begin; i < end; i++) {
       const int64_t m = i / steps, k = i % steps * step;
       const int64_t first = m / block * block, rows = std::min(block, M - first), r = m - first;
-      round_blocks(x + m * K + k, std::min(step, K - k), rows, excess, quads + first * K / 4 + k / 4 * rows + r,
-                   rounding + first * count + k / BLOCK * rows + r);
+      const bool tiles = bytes_by_tiles(rows);
+      round_blocks(x + m * K + k, std::min(step, K - k), rows, tiles ? 1 : rows, excess,
+                   quads + first * K / 4 + k / 4 * rows + (tiles ? 8 * r : r), rounding + first * count + k / BLOCK * rows + r);
     }
   });
 }
@@ -495,7 +516,7 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
   std::vector<Product> products;
 #ifdef BYTE_DOT
   thread_local Room room;
-  const int64_t K = jobs[0].matrix.K, quads_of_row = K / 4, blocks_of_row = (K + BLOCK - 1) / BLOCK;
+  const int64_t K = jobs[0].matrix.K, blocks_of_row = (K + BLOCK - 1) / BLOCK, quads_of_row = blocks_of_row * (BLOCK / 4);
   const int64_t row = quads_of_row + blocks_of_row * int64_t(sizeof(Rounding) / 4);
   int64_t rows = 0;
   for (const Job& job : jobs) rows += job.M;
@@ -503,7 +524,8 @@ template <class W, class X> void multiply_as(const std::vector<Job>& jobs, at::S
 #endif
   for (const Job& job : jobs) {
     const Matrix& m = job.matrix;
-    const int64_t M = job.M, most = most_rows<W, X>(unpacks_once<X>(M, m.scales));
+    const bool tiles = std::is_same_v<X, int8_t> && bytes_by_tiles(job.M);
+    const int64_t M = job.M, most = tiles ? M : most_rows<W, X>(unpacks_once<X>(M, m.scales));
     const int64_t blocks = (M + most - 1) / most, block = (M + blocks - 1) / blocks;             // even ones
     const int64_t group = m.group ? m.group : m.K;                                                 // 0 with scales: the row
     Product p{job, m.N, m.K, block, job.x, m.scales ? group : 0, first_panel<W>(m)};
@@ -542,11 +564,10 @@ bool round_activations(bool wanted) {
 #endif
 }
 
-// Whether tiles multiply so many rows, of bfloat16, as they are. Fewer get the bits that one row gets, and int8 and int4 are as
-// fast without being unpacked.
+// Whether tiles multiply so many rows, of bfloat16, as they are. Fewer get the bits that one row gets.
 bool by_tiles(int64_t rows, int64_t bits) {
 #ifdef TILES
-  return rows >= (bits == 16 ? 10 : 16) && Tiles::given();
+  return rows > (bits == 16 ? 9 : 16) && Tiles::given();
 #else
   return false;
 #endif

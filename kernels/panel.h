@@ -389,6 +389,83 @@ void multiply_spans(const at::BFloat16* x, int64_t rows, const uint8_t* w, int64
     }
   end_sums<both>(y, PANEL);
 }
+
+// A block of 32 inputs: the how manieth, its group, and the first of its units there.
+struct Place {
+  int64_t block = 0, group = 0, unit = 0;
+  inline void next(const Groups& g) {
+    block++, unit += BLOCK / UNIT;
+    if (unit >= g.units) unit = 0, group++;
+  }
+};
+
+// Rows of x in int8, at most 16, as [blocks][rows][32] in the order of quads, times a panel: what multiply_bytes makes of each of
+// them, to the bit. ONE: a group is a block. While tiles multiply a block, the next one's quads are unpacked and the last one's sums added.
+template <class W, bool ONE>
+void multiply_bytes_by_tiles(const int8_t* x, int64_t rows, const Groups& g, float* y) {
+  constexpr int64_t UNITS = BLOCK / UNIT;
+  const int64_t blocks = (g.all + UNITS - 1) / UNITS;
+  alignas(64) uint8_t weights[2][2][TILE * 32];
+  alignas(64) int32_t dots[2][2][TILE][LANES];
+  alignas(64) float sums[TILE][PANEL] = {};     // of a group of several blocks
+  std::fill_n(y, rows * PANEL, 0.0f);
+  Place from, to;                               // what is unpacked next, and added next
+  const auto unpack = [&](uint8_t (&out)[2][TILE * 32]) {
+    const int64_t units = std::min({UNITS, g.units - from.unit, g.all - from.group * g.units - from.unit});
+    const uint8_t* unit = g.w + from.group * g.stride + from.unit * 2 * W::HALF;
+    if (from.unit == 0) g.template ask<W, 1>(from.group);
+    for (int64_t u = 0; u < units; u++) {
+      ask_unit<W, 1>(unit);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++, unit += W::HALF)
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) _mm512_store_si512(out[half] + (2 * u + q) * 64, W::quad(unit, q));
+    }
+    for (int half = 0; half < 2; half++) std::fill(out[half] + units * 128, out[half] + UNITS * 128, 0);
+    from.next(g);
+  };
+  const auto add = [&](const int32_t (&dots)[2][TILE][LANES]) {
+    const Rounding* const rounding = g.rounding + to.block * rows;
+    const Place here = to;
+    __m512 scale[2];
+    __m512i plus[2] = {};
+    for (int h = 0; h < 2; h++) {
+      scale[h] = (__m512)g.scales(here.group, h);
+      if (g.offsets()) plus[h] = (__m512i)(g.offsets(here.group, h) - W::BIAS);
+    }
+    const auto rows_with = [&](auto offsets) {
+      for (int64_t r = 0; r < rows; r++) {
+        const __m512i start = _mm512_set1_epi32(rounding[r].start);
+        float* const total = ONE ? y + r * PANEL : sums[r];
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          const __m512i found = _mm512_load_si512(dots[h][r]);
+          const __m512 dot = _mm512_cvtepi32_ps(offsets ? _mm512_dpwssd_epi32(found, plus[h], start) : _mm512_add_epi32(found, start));
+          const __m512 by = _mm512_set1_ps(rounding[r].scale), so_far = _mm512_load_ps(total + 16 * h);
+          _mm512_store_ps(total + 16 * h, ONE ? _mm512_fmadd_ps(_mm512_mul_ps(dot, by), scale[h], so_far) : _mm512_fmadd_ps(dot, by, so_far));
+        }
+      }
+    };
+    W::HALF == 64 || g.offset ? rows_with(std::true_type()) : rows_with(std::bool_constant<W::HALF == 64>());
+    to.next(g);
+    if (ONE || (to.group == here.group && to.block < blocks)) return;
+    for (int64_t r = 0; r < rows; r++)
+      for (int h = 0; h < 2; h++) {
+        float* const total = y + r * PANEL + 16 * h;
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(sums[r] + 16 * h), scale[h], _mm512_load_ps(total)));
+        _mm512_store_ps(sums[r] + 16 * h, __m512{});
+      }
+  };
+  const auto step = [&](auto even, int64_t b) {
+    constexpr bool EVEN = decltype(even)::value;
+    if (b + 1 < blocks) unpack(weights[EVEN]);
+    if (b < blocks) begin_dots<EVEN>(x + b * BLOCK * rows, weights[!EVEN]);
+    if (b > 0 && b <= blocks) end_dots<!EVEN>(dots[EVEN]);
+    if (b > 1 && b - 2 < blocks) add(dots[!EVEN]);
+  };
+  unpack(weights[0]);
+  for (int64_t b = 0; b < blocks + 2; b += 2) step(std::true_type(), b), step(std::false_type(), b + 1);
+}
 #endif
 
 template <class W, class X, int... R>

@@ -1,11 +1,12 @@
 // AMX's tiles, 16 rows of 64 bytes each, which multiply each other eight times as fast as vectors do.
 //
-// What it is: whether there are tiles, their shapes, and a step of a product, 32 bfloat16 inputs of up to 32 rows times 32 outputs:
-// 2 tiles of x, 2 of weights and 4 of sums are all there are. What it is not: a product; panel.h and attention.cpp make some of it.
+// What it is: whether there are tiles, their shapes, and a step of a product: 32 inputs of up to 32 rows times 32 outputs in bfloat16,
+// 2 tiles of x, 2 of weights and 4 of sums, which are all there are; or 32 of up to 16 rows in bytes, whose sums are those of that
+// step alone. What it is not: a product; panel.h and attention.cpp make some of it.
 #pragma once
 #include "vectors.h"
 
-#if defined(BFLOAT16_DOT) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(BFLOAT16_DOT) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,12 +36,15 @@ class Tiles {
     }();
     return yes;
   }
-  // rows: of x and of sums, at most 32; in tiles 4, 0 and 1, and the rest of them in 5, 2 and 3
-  explicit Tiles(int64_t rows) {
+  // rows: of x and of sums, at most 32; in tiles 4, 0 and 1, and the rest of them in 5, 2 and 3. of_bytes: at most 16, and in
+  // 5, 2 and 3 the next step's; x takes 32 bytes, and 8 quads of weights are 6 and 7
+  explicit Tiles(int64_t rows, bool of_bytes = false) {
     Config ours;
     std::fill_n(ours.bytes, 8, 64), std::fill_n(ours.rows, 8, TILE);
     for (int t : {0, 1, 4}) ours.rows[t] = std::min(rows, TILE);
-    for (int t : {2, 3, 5}) ours.rows[t] = std::clamp<int64_t>(rows - TILE, 1, TILE);
+    for (int t : {2, 3, 5}) ours.rows[t] = of_bytes ? rows : std::clamp<int64_t>(rows - TILE, 1, TILE);
+    for (int t : {4, 5}) ours.bytes[t] = of_bytes ? 32 : 64;
+    for (int t : {6, 7}) ours.rows[t] = of_bytes ? TILE / 2 : TILE;
     asm volatile("sttilecfg %0" : "=m"(before));
     asm volatile("ldtilecfg %0" : : "m"(ours));
   }
@@ -93,5 +97,38 @@ template <bool both, class F> inline void add_products(const char* x, int64_t x_
   _tile_loadd(5, x + TILE * x_row, x_row);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
+}
+
+// Signed bytes x [rows][32] times unsigned w [2][8 quads][16 outputs][4]. Two of these are under way at once, EVEN and not: what was
+// begun is stored after the next one has been, or it would be waited for. The same about memory.
+template <bool EVEN> inline void begin_dots(const int8_t* x, const uint8_t (&w)[2][TILE * 32]) {
+  asm volatile("" : : : "memory");
+  _tile_loadd(6, w[0], 64);
+  _tile_loadd(7, w[1], 64);
+  if constexpr (EVEN) {
+    _tile_loadd(4, x, 32);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+  } else {
+    _tile_loadd(5, x, 32);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  asm volatile("" : : : "memory");
+}
+
+template <bool EVEN> inline void end_dots(int32_t (&dots)[2][TILE][LANES]) {
+  if constexpr (EVEN) {
+    _tile_stored(0, dots[0], 64);
+    _tile_stored(1, dots[1], 64);
+  } else {
+    _tile_stored(2, dots[0], 64);
+    _tile_stored(3, dots[1], 64);
+  }
+  asm volatile("" : : : "memory");
 }
 #endif
