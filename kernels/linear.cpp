@@ -190,13 +190,13 @@ void panel(const Product& p, Groups& g, Scratch& s) {
   }
 }
 
-// n of a panel's 32 sums to y, rounded. A thread that is done says `all_stored` before others read it.
-template <class Y> inline void store(const float* sums, int64_t n, Y* y) {
+// n of a panel's 32 sums to y, rounded. far: past the caches; who did that says `all_stored` before others read it.
+template <class Y> inline void store(const float* sums, int64_t n, Y* y, bool far) {
 #ifdef BFLOAT16_DOT
   if (std::is_same_v<Y, at::BFloat16> && n == PANEL) {
     const auto row = _mm512_cvtne2ps_pbh((__m512)read<floats>(sums + 16), (__m512)read<floats>(sums));
-#ifdef TILES                          // Intel's wait for what was in a whole line of y: a twelfth of the time of 4 rows of int4
-    if ((uintptr_t)y % 64 == 0) return _mm512_stream_si512((__m512i*)y, (__m512i)row);
+#ifdef TILES
+    if (far && (uintptr_t)y % 64 == 0) return _mm512_stream_si512((__m512i*)y, (__m512i)row);
 #endif
     return write(y, row);
   }
@@ -208,6 +208,9 @@ inline void all_stored() {
   _mm_sfence();
 #endif
 }
+// Whether y lies in memory by the time that it is written, weights having been read meanwhile. Intel's processors wait for what was
+// in each line: a twelfth of the time of 4 rows of int4.
+inline bool far_away(const Groups& g, int64_t panels) { return g.nbytes * panels > 1 << 21; }
 
 // Several products of one shape, but for their rows; the threads share all their panels.
 template <class W, class X, class Y>
@@ -228,12 +231,13 @@ void run(const std::vector<Product>& products, Team* team) {
       if (std::is_same_v<X, int8_t> && bytes_by_tiles(p.M)) shapes.emplace(p.M, true);
 #endif
       Groups g = p.groups;
+      const bool far = far_away(g, panels);
       g.next(index);
       for (int64_t at = index; at < last; at++, i++, g.next()) {
         const int64_t first = at * PANEL, n = std::min<int64_t>(PANEL, p.N - first);
         widen_scales(p.matrix, at, g, s.scale);
         panel<W, X>(p, g, s);
-        for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first);
+        for (int64_t m = 0; m < p.M; m++) store(s.y.data() + m * PANEL, n, (Y*)p.y + m * p.N + first, far);
       }
     }
     all_stored();
@@ -436,7 +440,7 @@ void store_panels(const Tiled& p, int64_t first, int64_t n, const Groups* g, boo
       float* const y = sums + (i * p.blocks * p.rows + r) * PANEL;
       for (int at = 0; at < PANEL && plain; at += 16) write(y + at, read<floats>(y + at) * g[i].scales(0, at / 16));
       const int64_t column = (first + i) * PANEL;
-      store(y, std::min<int64_t>(PANEL, p.matrix.N - column), (at::BFloat16*)p.y + r * p.matrix.N + column);
+      store(y, std::min<int64_t>(PANEL, p.matrix.N - column), (at::BFloat16*)p.y + r * p.matrix.N + column, true);
     }
 }
 
