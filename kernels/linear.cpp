@@ -435,12 +435,13 @@ template <class W> const uint8_t* piece_of(const Groups& g, int64_t piece, bool 
 
 // Sums of n panels from `first` on, [n][blocks * rows][32], scaled and rounded to y.
 void store_panels(const Tiled& p, int64_t first, int64_t n, const Groups* g, bool plain, float* sums) {
+  const bool far = p.blocks == 1 && far_away(g[0], p.matrix.N / PANEL);
   for (int64_t r = 0; r < p.M; r++)
     for (int64_t i = 0; i < n; i++) {
       float* const y = sums + (i * p.blocks * p.rows + r) * PANEL;
       for (int at = 0; at < PANEL && plain; at += 16) write(y + at, read<floats>(y + at) * g[i].scales(0, at / 16));
       const int64_t column = (first + i) * PANEL;
-      store(y, std::min<int64_t>(PANEL, p.matrix.N - column), (at::BFloat16*)p.y + r * p.matrix.N + column, true);
+      store(y, std::min<int64_t>(PANEL, p.matrix.N - column), (at::BFloat16*)p.y + r * p.matrix.N + column, far);
     }
 }
 
