@@ -421,17 +421,19 @@ void multiply_bytes_by_tiles(const int8_t* x, int64_t rows, const Groups& g, flo
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) _mm512_store_si512(out[half] + (2 * u + q) * 64, W::quad(unit, q));
     }
-    for (int half = 0; half < 2; half++) std::fill(out[half] + units * 128, out[half] + UNITS * 128, 0);
+    for (int half = 0; half < 2 && units < UNITS; half++) std::fill(out[half] + units * 128, out[half] + UNITS * 128, 0);
     from.next(g);
   };
   const auto add = [&](const int32_t (&dots)[2][TILE][LANES]) {
     const Rounding* const rounding = g.rounding + to.block * rows;
-    const Place here = to;
-    __m512 scale[2];
+    const int64_t group = to.group;
+    to.next(g);
+    const bool ends = ONE || to.group != group || to.block == blocks;
+    __m512 scale[2] = {};
     __m512i plus[2] = {};
     for (int h = 0; h < 2; h++) {
-      scale[h] = (__m512)g.scales(here.group, h);
-      if (g.offsets()) plus[h] = (__m512i)(g.offsets(here.group, h) - W::BIAS);
+      if (ends) scale[h] = (__m512)g.scales(group, h);
+      if (g.offsets()) plus[h] = (__m512i)(g.offsets(group, h) - W::BIAS);
     }
     const auto rows_with = [&](auto offsets) {
       for (int64_t r = 0; r < rows; r++) {
@@ -447,9 +449,7 @@ void multiply_bytes_by_tiles(const int8_t* x, int64_t rows, const Groups& g, flo
       }
     };
     W::HALF == 64 || g.offset ? rows_with(std::true_type()) : rows_with(std::bool_constant<W::HALF == 64>());
-    to.next(g);
-    if (ONE || (to.group == here.group && to.block < blocks)) return;
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows && ends && !ONE; r++)
       for (int h = 0; h < 2; h++) {
         float* const total = y + r * PANEL + 16 * h;
         _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(sums[r] + 16 * h), scale[h], _mm512_load_ps(total)));
