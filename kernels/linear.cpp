@@ -569,10 +569,10 @@ bool round_activations(bool wanted) {
 #endif
 }
 
-// Whether tiles multiply so many rows, of bfloat16, as they are. Fewer get the bits that one row gets.
+// Whether tiles multiply so many rows, of bfloat16, as they are. Fewer get the bits that one row gets, or become bytes.
 bool by_tiles(int64_t rows, int64_t bits) {
 #ifdef TILES
-  return rows > (bits == 16 ? 9 : 16) && Tiles::given();
+  return rows > (bits == 16 || !rounded_activations ? 9 : TILE) && Tiles::given();
 #else
   return false;
 #endif

@@ -1,4 +1,4 @@
-// How packed weights lie, what they mean, and one panel of them times up to 12 rows, or by tiles 32: the loops in which all of
+// How packed weights lie, what they mean, and one panel of them times up to 12 rows, or by tiles 16 or 32: the loops in which all of
 // linear.cpp's time goes. What it is not: threads, many rows, operators; those are in linear.cpp.
 //
 // The layout. 32 outputs make a panel, K inputs long. Inputs come in units of 8, four pairs (2j, 2j+1) each. A pair
