@@ -444,7 +444,8 @@ void multiply_bytes_by_tiles(const int8_t* x, int64_t rows, const Groups& g, flo
           const __m512i found = _mm512_load_si512(dots[h][r]);
           const __m512 dot = _mm512_cvtepi32_ps(offsets ? _mm512_dpwssd_epi32(found, plus[h], start) : _mm512_add_epi32(found, start));
           const __m512 by = _mm512_set1_ps(rounding[r].scale), so_far = _mm512_load_ps(total + 16 * h);
-          _mm512_store_ps(total + 16 * h, ONE ? _mm512_fmadd_ps(_mm512_mul_ps(dot, by), scale[h], so_far) : _mm512_fmadd_ps(dot, by, so_far));
+          _mm512_store_ps(total + 16 * h, ONE ? _mm512_fmadd_ps(_mm512_mul_ps(dot, by), scale[h], so_far) :
+                                                _mm512_fmadd_ps(dot, by, so_far));
         }
       }
     };

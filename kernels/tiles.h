@@ -83,7 +83,8 @@ template <bool both> inline void end_sums(float* y, int64_t stride) {
 // Rows x of 16 pairs of inputs, x_row bytes apart, times 16 pairs of 16 outputs w, w_row bytes apart, and the next 16 outputs.
 // Meanwhile, MEANWHILE times, something is asked of the memory: little at a time, else tiles wait behind it.
 constexpr int MEANWHILE = 4;
-template <bool both, class F> inline void add_products(const char* x, int64_t x_row, const char* w, int64_t w_row, int64_t w_next, F meanwhile) {
+template <bool both, class F>
+inline void add_products(const char* x, int64_t x_row, const char* w, int64_t w_row, int64_t w_next, F meanwhile) {
   meanwhile();
   _tile_loadd(6, w, w_row);
   meanwhile();
