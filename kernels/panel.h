@@ -373,7 +373,7 @@ struct Ahead {
 };
 
 // y [rows][32] (+)= x [spans][4][rows][16 pairs][2] times spans of a panel of bfloat16. both: there are more than 16 rows. direct: the
-// panel comes from memory, through the second cache and the first, whose distances were measured (a quarter of 16 rows' time).
+// panel comes from memory, through the second cache and the first, whose distances were measured (a fifth of 16 rows' time).
 template <bool both, bool direct>
 void multiply_spans(const at::BFloat16* x, int64_t rows, const uint8_t* w, int64_t spans, float* y, bool add, Ahead next_x, Ahead next_w) {
   begin_sums<both>(y, PANEL, add);

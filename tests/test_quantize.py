@@ -159,7 +159,7 @@ def test_weights_of_zero_give_exactly_zero(bits, lowest, highest, beside, path):
         assert not y[:, [0, *range(2, N)]].any() and y[:, 1].all()
 
 
-@pytest.mark.parametrize("kind, group", [(Int8Linear, 0), (Int4Linear, 32), (Fp4Linear, 32)])
+@pytest.mark.parametrize("kind, group", [(Int8Linear, 0), (Int4Linear, 32), (Int4Linear, 64), (Fp4Linear, 32)])
 @pytest.mark.parametrize("M", [1, 3, 9, 12, 13, 16, 31, 100, 1030])
 @pytest.mark.parametrize("path", ["rounded"], indirect=True)
 def test_rounded_activations_lose_little_and_rows_do_not_mix(kind, group, M, path):
@@ -233,20 +233,20 @@ def test_the_portable_kernel_agrees(group, tmp_path):
 @pytest.mark.parametrize("kind, group", [(None, 0), (Int8Linear, 0), (Int8Linear, 96), (Int4Linear, 32), (Int4Linear, 96), (Fp4Linear, 32)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_many_rows(kind, group, threads):
-    """Rows, inputs and outputs that fill no tile, group or piece of a panel; several products at once."""
+    """Rows, inputs and outputs that fill no tile, group or piece of a panel; and weights that do not fit the caches."""
     if not cpu.available(quantized=True):
         pytest.skip("there is no C++ compiler")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.ops.cpu_kernels.round_activations(False)
     try:
-        for N, K in ((7, 8), (70, 288), (300, 1160), (48, 2048)):
+        for N, K in ((7, 8), (70, 288), (300, 1160), (48, 2048), (2080, 2048), (2083, 2048)):
             layer = kind(K, N, group, device="cpu") if kind is Fp4Linear else kind and kind.quantize(weight(N, K), group)
             if kind is Fp4Linear:
                 layer.weight.random_(256), layer.scales.fill_(0.25)
             wanted = layer.dequantize().float() if kind else weight(N, K).bfloat16().float()
             layer = layer.pack() if kind else cpu.PackedLinear(wanted.bfloat16())
-            for M in (10, 16, 17, 31, 33, 530):
+            for M in (1, 5, 10, 16, 17, 31, 33, 530):
                 x = inputs(M, K, torch.bfloat16)
                 lost = (layer(x).float() - x.float() @ wanted.t()).abs()                # at most the weights' rounding and y's
                 assert (lost <= x.float().abs() @ wanted.abs().t() / 128 + 1e-5).all()
