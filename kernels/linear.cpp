@@ -41,49 +41,55 @@ constexpr int64_t DEPTH = 1024;                 // inputs of a panel unpacked at
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// A pair of 16 outputs as bfloat16, rounded.
-inline void store_pair(Pair f, at::BFloat16* out) {
 #ifdef BFLOAT16_DOT
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)f.odd, (__m512)f.even);
-  const __m512i half = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const __m512i turns = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(16)), 16));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(turns, both));
-#else
-  for (int i = 0; i < 16; i++) out[2 * i] = f.even[i], out[2 * i + 1] = f.odd[i];
-#endif
+// Numbers of outputs 0 to 7, or of 8 to 15 (`part` 1), each twice.
+inline floats twice(floats v, int part) {
+  const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (floats)_mm512_permutexvar_ps(_mm512_add_epi32(index, _mm512_set1_epi32(8 * part)), (__m512)v);
 }
 
 // Units of a panel as bfloat16, scaled: what the dequantized weight would be. plain: of bfloat16 and int8, without scales.
 template <class W, bool plain = false>
 void unpack(int64_t first, int64_t units, const Groups& g, at::BFloat16* out) {
+  constexpr int LINES = W::HALF / 64;
   for (int64_t u = first, last; u < first + units; u = last) {
     const int64_t i = u / g.units;
     last = std::min((i + 1) * g.units, first + units);
-    floats scale[2], offset[2];
-    for (int half = 0; half < 2 && !plain; half++) {
-      scale[half] = g.scales(i, half);
-      offset[half] = g.offsets() ? __builtin_convertvector(g.offsets(i, half), floats) : floats{};
-    }
-    const uint8_t* unit = g.unit<W>(u);
-    for (int64_t n = u; n < last; n++) {
-#pragma GCC unroll 8
-      for (int line = 0; line < 2 * W::HALF; line += 64) __builtin_prefetch(unit + NEAR + line);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++, unit += W::HALF)
+    floats scale[2][2] = {}, offset[2][2] = {};
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++, out += 32) {
-#ifdef BFLOAT16_DOT
-          if constexpr (plain) {
-            _mm512_storeu_si512(out, (__m512i)W::packed(unit, j));
-            continue;
-          }
-#endif
-          const Pair f = W::pair(unit, j);
-          store_pair({(f.even + offset[half]) * scale[half], (f.odd + offset[half]) * scale[half]}, out);
-        }
+    for (int at = 0; at < 4 && !plain; at++) {
+      scale[at / 2][at % 2] = twice(g.scales(i, at / 2), at % 2);
+      if (W::HALF == 64 || g.offsets()) offset[at / 2][at % 2] = twice(__builtin_convertvector(g.offsets(i, at / 2), floats), at % 2);
     }
+    const auto all = [&](auto exact) {
+      const uint8_t* unit = g.unit<W>(u);
+      for (int64_t n = u; n < last; n++) {
+#pragma GCC unroll 8
+        for (int line = 0; line < 2 * LINES; line++) __builtin_prefetch(unit + NEAR + 64 * line);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++, unit += W::HALF) {
+          words w[LINES][2];
+          for (int at = 0; at < 2 * LINES && !plain; at++) w[at / 2][at % 2] = (words)_mm512_cvtepu16_epi32(read<__m256i>(unit + 32 * at));
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++, out += 32) {
+            if constexpr (plain) {
+              _mm512_storeu_si512(out, (__m512i)W::packed(unit, j));
+            } else {
+              const auto scaled = [&](int part) {
+                const floats v = W::high(w[j % LINES][part], j), by = scale[half][part], less = W::MORE[j] - offset[half][part];
+                return exact ? _mm512_fmsub_ps((__m512)v, (__m512)by, (__m512)(less * by)) : (__m512)((v - less) * by);
+              };
+              _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(scaled(1), scaled(0)));
+            }
+          }
+        }
+      }
+    };
+    // scales of bfloat16 times so short numbers are exact, before and after what is too much comes off
+    W::HALF == 64 && !g.scale ? all(std::true_type()) : all(std::false_type());
   }
 }
+#endif
 
 // Rows x [M, K], in one piece, and a weight: y [M, N] = x @ w.T.
 struct Job {
@@ -158,10 +164,13 @@ void panel(const Product& p, Groups& g, Scratch& s) {
   const int64_t depth = once || p.M > DIRECT ? std::min(DEPTH / UNIT, units) : units;
   for (int64_t first = 0; first < units; first += p.group && !once ? units : depth) {
     const int64_t n = p.group && !once ? units : std::min(depth, units - first);
-    if (once) {
-      s.weights.resize(depth * UNIT * PANEL);
-      unpack<W>(first, n, g, s.weights.data());
-    }
+#ifdef BFLOAT16_DOT
+    if constexpr (std::is_same_v<X, at::BFloat16> && !std::is_same_v<W, Bfloat16>)
+      if (once) {
+        s.weights.resize(depth * UNIT * PANEL);
+        unpack<W>(first, n, g, s.weights.data());
+      }
+#endif
     for (int64_t m = 0; m < p.M; m += p.block) {
       const int64_t rows = std::min(p.block, p.M - m);
       const X* xs = x + m * p.K + first * UNIT * rows;
@@ -427,8 +436,9 @@ template <class W> const uint8_t* piece_of(const Groups& g, int64_t piece, bool 
   constexpr int64_t UNITS = PIECE * TILE;
   const int64_t first = piece * UNITS, n = std::min(UNITS, g.all - first);
   if (std::is_same_v<W, Bfloat16> && n % TILE == 0) return g.unit<W>(first);
-  if constexpr (W::HALF > Int4::HALF) plain ? unpack<W, true>(first, n, g, made) : unpack<W>(first, n, g, made);
-  else unpack<W>(first, n, g, made);
+  if constexpr (W::HALF == Int4::HALF) unpack<W>(first, n, g, made);
+  else if (plain) unpack<W, true>(first, n, g, made);
+  else if constexpr (W::HALF == Int8::HALF) unpack<W>(first, n, g, made);
   std::fill(made + n * UNIT * PANEL, made + UNITS * UNIT * PANEL, at::BFloat16(0));
   return (const uint8_t*)made;
 }

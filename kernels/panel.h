@@ -69,6 +69,9 @@ template <class W, int R> inline __attribute__((always_inline)) void ask_unit(co
 
 struct Pair { floats even, odd; };
 
+// Where weights are unpacked for many rows: `high(w, j)` of 16-bit lanes w, widened, of which each has a number of pair j, is that
+// number as a float, but by MORE[j] too high: its bits are put among those of a power of two, and where it lies decides which.
+
 struct Bfloat16 {
   static constexpr int HALF = 256;              // bytes of a unit of 16 outputs
   static inline Pair pair(const uint8_t* p, int j) {
@@ -97,6 +100,8 @@ struct Int8 {
     return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)f.even, 16), (__m512i)f.odd);
   }
 #endif
+  static constexpr float MORE[4] = {0x1p23f + 128, 0x1p23f + 128, 0x1p15f + 128, 0x1p15f + 128};
+  static inline floats high(words w, int j) { return (floats)(j < 2 ? (w & 0xffu) | 0x4b000000u : (w & 0xff00u) | 0x47000000u); }
 #ifdef BYTE_DOT
   static inline __m512i quad(const uint8_t* p, int q) { return _mm512_loadu_si512(p + 64 * q); }
 #endif
@@ -124,6 +129,11 @@ struct Int4 {
     return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
   }
 #endif
+  static constexpr float MORE[4] = {0x1p15f + 8, 0x1p11f + 8, 0x1p15f + 8, 0x1p11f + 8};
+  static inline floats high(words w, int j) {
+    w = j < 2 ? w << 8 : w;
+    return (floats)(j % 2 ? (w & 0xf000u) | 0x45000000u : (w & 0xf00u) | 0x47000000u);
+  }
 #ifdef BYTE_DOT
   static inline __m512i quad(const uint8_t* p, int q) {
     const __m512i w = _mm512_loadu_si512(p);
@@ -138,20 +148,22 @@ struct Int4 {
 // Floats of 4 bits: sign, two bits of exponent, one of mantissa; twice their value, which is a whole number.
 struct Fp4 {
   static constexpr int HALF = 64, BIAS = 12;
-  static inline Pair pair(const uint8_t* p, int j) {
+  static inline floats value(words w) {         // of the lower 4 bits
     static constexpr float TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    const words w = read<words>(p);
-    const auto value = [](words w) {
 #ifdef BFLOAT16_DOT
-      return (floats)_mm512_permutexvar_ps((__m512i)w, _mm512_loadu_ps(TABLE));
+    return (floats)_mm512_permutexvar_ps((__m512i)w, _mm512_loadu_ps(TABLE));
 #else
-      floats f;
-      for (int i = 0; i < 16; i++) f[i] = TABLE[w[i] & 15];
-      return f;
+    floats f;
+    for (int i = 0; i < 16; i++) f[i] = TABLE[w[i] & 15];
+    return f;
 #endif
-    };
+  }
+  static inline Pair pair(const uint8_t* p, int j) {
+    const words w = read<words>(p);
     return {value(w >> (4 * j)), value(w >> (16 + 4 * j))};
   }
+  static constexpr float MORE[4] = {};
+  static inline floats high(words w, int j) { return value(w >> (4 * j)); }
 #ifdef BFLOAT16_DOT
   static inline __m512bh packed(const uint8_t* p, int j) {
     alignas(64) static constexpr uint16_t TABLE[32] = {
