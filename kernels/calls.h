@@ -13,7 +13,7 @@ struct Matrix {
   const void *w, *scales;
   int64_t scale_type;                 // at::ScalarType
   const void* offsets;
-  int64_t least;                      // of scales that lie in heads, see panel.h: bits of a bfloat16; -1: there are no heads
+  int64_t least;                      // of scales that lie in heads, see weights.h: bits of a bfloat16; -1: there are no heads
   const at::BFloat16* bias;
 };
 

@@ -34,13 +34,14 @@ PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attentio
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
-HEADERS = ("vectors.h", "calls.h", "team.h", "panel.h", "tiles.h", "draw.h")
+HEADERS = ("vectors.h", "calls.h", "team.h", "tiles.h", "weights.h", "panel.h", "panel_tiles.h", "rounding.h", "products.h", "many_rows.h",
+           "draw.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
 LARGE_PAGE = 2 << 20
 HURRY = {}                              # not empty: a program in a hurry, and what it has seen
-PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in panel.h
+PANEL, UNIT = 32, 8                     # outputs and inputs that lie together, as in weights.h
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def pack_groups(numbers: Tensor) -> Tensor:
 
 
 def pack_heads(codes: Tensor, offsets: Tensor | None) -> Tensor:
-    """Scales as 12-bit numbers and offsets of nibbles or None, [N, G] -> [panels, G, 64] as panel.h says."""
+    """Scales as 12-bit numbers and offsets of nibbles or None, [N, G] -> [panels, G, 64] as weights.h says."""
     def halves(numbers):                                                             # [N, G] -> [panels, G, 2, 16]
         return pack_groups(numbers.to(torch.uint8)).view(-1, numbers.shape[1], 2, PANEL // 2)
     low, high = halves(codes & 255), halves(codes >> 8 & 15)

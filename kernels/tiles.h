@@ -2,7 +2,7 @@
 //
 // What it is: whether there are tiles, their shapes, and a step of a product: 32 inputs of up to 32 rows times 32 outputs in bfloat16,
 // 2 tiles of x, 2 of weights and 4 of sums, which are all there are; or 32 of up to 16 rows in bytes, whose sums are those of that
-// step alone. What it is not: a product; panel.h and attention.cpp make some of it.
+// step alone. What it is not: a product; panel_tiles.h and attention.cpp make some of it.
 #pragma once
 #include "vectors.h"
 

@@ -1,4 +1,4 @@
-// Vectors of 16 floats and how numbers become them: what panel.h, attention.cpp and step.cpp share. The compiler's portable
+// Vectors of 16 floats and how numbers become them: what weights.h, attention.cpp and step.cpp share. The compiler's portable
 // vectors, with the instruction itself where it is known to be better.
 #pragma once
 #include <c10/util/BFloat16.h>

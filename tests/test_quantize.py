@@ -322,7 +322,7 @@ def test_a_broken_scale_spoils_no_other(scale):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_a_head_is_what_panel_h_says(groups):
+def test_a_head_is_what_weights_h_says(groups):
     numbers = torch.arange(40 * groups).view(40, groups)
     heads = cpu.pack_heads(numbers * 29, (numbers % 16 - 7).to(torch.int8))
     assert heads.shape == (2, groups, 64)
@@ -335,7 +335,7 @@ def test_a_head_is_what_panel_h_says(groups):
 
 @pytest.mark.parametrize("N, K", [(32, 64), (100, 33), (40, 2056)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_the_layout_is_what_panel_h_says(N, K, bits):
+def test_the_layout_is_what_weights_h_says(N, K, bits):
     """Written out: the place of every input of every output. And `rows` reads it back."""
     if not cpu.available():
         pytest.skip("there is no C++ compiler")
