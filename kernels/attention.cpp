@@ -4,7 +4,8 @@
 // What it is: each head of keys and values is read once, front to back, for all the queries that share it, and no
 // further than the last slot that one of them may see. A query's sums do not depend on the other queries of the call,
 // so that a token gets the same bits alone and among others. Prompts are bound by arithmetic: their keys and values are laid
-// out as weights are, and many queries multiply a block of them. The plain form of both is `attend` in model.py.
+// out as weights are, and many queries multiply a block of them. What it is not: all there is where a processor has tiles;
+// attention_tiles.h is both in one. The plain form is `attend` in model.py.
 #include <ATen/Parallel.h>
 #include <torch/csrc/stable/library.h>          // parsed in a quarter of torch/library.h's time
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "attention_tiles.h"
 #include "calls.h"
-#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -153,20 +154,6 @@ void attend_head(const Head<X>& h, const Query<X>* q, int64_t R, int64_t first, 
   }
 }
 
-// The slots that at least one of the T queries may see lie in first ... last.
-std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, int64_t S) {
-  int64_t first = S, last = 0;
-  for (int64_t t = 0; t < T; t++) {
-    const bool* row = mask + t * stride;
-    first = std::min<int64_t>(first, std::find(row, row + S, true) - row);
-    int64_t end = S;
-    while (end >= last + 8 && !read<uint64_t>(row + end - 8)) end -= 8;
-    while (end > last && !row[end - 1]) end--;
-    last = std::max(last, end);
-  }
-  return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
-}
-
 template <class X> void attend_all(const Attention& a, Team* team) {
   const int64_t H = a.H, T = a.T, E = a.E, R = H / a.K * T, room = (a.S + 31) / LANES * LANES;
   const X *q = (const X*)a.q, *k = (const X*)a.k, *v = (const X*)a.v;
@@ -205,47 +192,30 @@ bool takes_prompts() {
 #ifdef BFLOAT16_DOT
 using at::BFloat16;
 
-#ifdef TILES                        // queries multiplied at once, by tiles and by vectors
-constexpr int ROWS = 32, BY_VECTORS = 8;
-#else
-constexpr int ROWS = 12, BY_VECTORS = 12;       // 12 x 2 halves of a panel make 24 sums in 32 registers
-#endif
+constexpr int ROWS = 12;            // queries multiplied at once: 12 x 2 halves of a panel make 24 sums in 32 registers
 constexpr int64_t PANEL = 32;       // outputs that lie together
 constexpr int64_t TOGETHER = 256;   // queries, over heads, that use a block of keys once it is laid out
 constexpr int64_t WIDEST = BLOCK;   // of heads: so queries lie as far apart as their rows of probabilities, one for each slot
 
 using Keys = Head<BFloat16>;
 
-// y [BY_VECTORS], `stride` apart, (+)= x [BY_VECTORS][2 * pairs], BLOCK apart, times a panel [pairs][32][2]. A constant distance is
+// y [ROWS], `stride` apart, (+)= x [ROWS][2 * pairs], BLOCK apart, times a panel [pairs][32][2]. A constant distance is
 // an instruction's; a variable one takes registers.
-void product_by_vectors(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
-  floats sum[BY_VECTORS][2] = {};
-  for (int r = 0; add && r < BY_VECTORS; r++)
+void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
+  floats sum[ROWS][2] = {};
+  for (int r = 0; add && r < ROWS; r++)
     for (int half = 0; half < 2; half++) sum[r][half] = read<floats>(y + r * stride + half * 16);
   for (int64_t j = 0; j < pairs; j++, panel += 2 * PANEL, x += 2) {
     const __m512bh low = (__m512bh)_mm512_loadu_si512(panel), high = (__m512bh)_mm512_loadu_si512(panel + PANEL);
 #pragma GCC unroll 12
-    for (int r = 0; r < BY_VECTORS; r++) {
+    for (int r = 0; r < ROWS; r++) {
       const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + r * BLOCK));
       sum[r][0] = (floats)_mm512_dpbf16_ps((__m512)sum[r][0], low, both);
       sum[r][1] = (floats)_mm512_dpbf16_ps((__m512)sum[r][1], high, both);
     }
   }
-  for (int r = 0; r < BY_VECTORS; r++)
+  for (int r = 0; r < ROWS; r++)
     for (int half = 0; half < 2; half++) write(y + r * stride + half * 16, sum[r][half]);
-}
-
-// The same for all ROWS; pairs: a multiple of 16.
-void product(const BFloat16* x, const BFloat16* panel, int64_t pairs, float* y, int64_t stride, bool add) {
-#ifdef TILES
-  if (Tiles::given()) {
-    begin_sums<true>(y, stride, add);
-    for (int64_t j = 0; j < pairs; j += TILE)
-      add_products<true>((const char*)(x + 2 * j), BLOCK * 2, (const char*)(panel + 2 * PANEL * j), PANEL * 4, PANEL * 2, [] {});
-    return end_sums<true>(y, stride);
-  }
-#endif
-  for (int r = 0; r < ROWS; r += BY_VECTORS) product_by_vectors(x + r * BLOCK, panel, pairs, y + r * stride, stride, add);
 }
 
 // A head's width as panels have it.
@@ -330,10 +300,6 @@ void attend_prompts(const Attention& a, Team* team) {
   share(team, a.B * a.K * parts, 1, [&](int64_t begin, int64_t end) {
     thread_local Laid block;
     thread_local std::vector<Tile> tiles;
-#ifdef TILES
-    std::optional<Tiles> shapes;
-    if (Tiles::given()) shapes.emplace(ROWS);
-#endif
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (a.K * parts), kv = i / parts % a.K, from = i % parts * some, n = std::min(some, T - from) * G;
       const bool* mask = a.mask + b * a.mask_strides[0];
@@ -370,9 +336,13 @@ void attend_prompts(const Attention& a, Team* team) {
 }
 #endif
 
-// Either way. Prompts: E up to 256.
+// One way or another; prompts: E up to 256. By tiles where several heads share keys, however many queries there are: they get the same
+// bits. One query for each head's keys is faster by vectors.
 void attend_bfloat16(const Attention& a, Team* team) {
   if (a.B * a.T == 0) return;
+#ifdef TILES
+  if (Tiles::given() && a.E <= AttentionByTiles::WIDEST && (a.H > a.K || a.T > FEW)) return AttentionByTiles::all(a, team);
+#endif
 #ifdef BFLOAT16_DOT
   if (a.T > FEW && a.E <= WIDEST) return attend_prompts(a, team);
 #endif

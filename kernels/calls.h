@@ -3,9 +3,12 @@
 #pragma once
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "team.h"
+#include "vectors.h"
 
 // A packed weight, as `pack` in cpu.py lays it out. Fields of 8 bytes, which cpu_block.py writes one behind another.
 struct Matrix {
@@ -35,3 +38,17 @@ struct Attention {
   int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[2];
 };
 using Attend = void(const Attention& a, Team* team);
+
+// The slots that at least one of T queries may see lie in first ... last, what their masks say.
+inline std::pair<int64_t, int64_t> seen(const bool* mask, int64_t stride, int64_t T, int64_t S) {
+  int64_t first = S, last = 0;
+  for (int64_t t = 0; t < T; t++) {
+    const bool* row = mask + t * stride;
+    first = std::min<int64_t>(first, std::find(row, row + S, true) - row);
+    int64_t end = S;
+    while (end >= last + 8 && !read<uint64_t>(row + end - 8)) end -= 8;
+    while (end > last && !row[end - 1]) end--;
+    last = std::max(last, end);
+  }
+  return {std::min(first, last) & ~15, last};      // whole vectors: sums then run in the same order for any T
+}

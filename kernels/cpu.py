@@ -35,7 +35,7 @@ QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as l
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
 HEADERS = ("vectors.h", "calls.h", "team.h", "tiles.h", "weights.h", "panel.h", "panel_tiles.h", "rounding.h", "products.h", "many_rows.h",
-           "draw.h")
+           "attention_tiles.h", "draw.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does

@@ -259,7 +259,9 @@ def test_vectors_serve_where_there_could_be_tiles():
     """What a system that does not give a program its tiles leaves."""
     if not (cpu.available(quantized=True) and by_tiles(17)):
         pytest.skip("there is no C++ compiler, or no tiles")
-    tests = ["tests/test_quantize.py::test_many_rows", "tests/test_kernels.py::test_attention_of_prompts"]
+    tests = ["tests/test_quantize.py::test_many_rows", *(f"tests/test_kernels.py::test_{name}" for name in (
+        "attention_equals_the_plain_form", "a_token_gets_the_same_bits_alone_and_among_others", "slots_nobody_sees_do_not_matter",
+        "attention_of_prompts"))]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, capture_output=True,
                           text=True, timeout=300, env=os.environ | {"CPU_KERNELS": "vectors"})
     assert done.returncode == 0 and set(done.stdout.split()[0]) == {"."}, done.stdout
