@@ -56,7 +56,7 @@ class AttentionByTiles {
   struct Columns {                              // 16 queries
     int64_t from, count;                        // the first one, and how many there are: the rest are zeros
     int64_t first, last;                        // slots that at least one of them sees
-    floats most, total;                         // the largest score yet, times log2(e), and the exponentials' sum relative to it
+    floats most, total;                         // the largest score yet, and the exponentials' sum relative to it
   };
 
   const Attention& a;
@@ -163,8 +163,8 @@ class AttentionByTiles {
       floats* const scores = room.scores + s % BLOCK;
       _tile_stored(0, scores, 64);
       _tile_stored(1, scores + TILE, 64);
+      asm volatile("" : : : "memory");
     }
-    asm volatile("" : : : "memory");
   }
 
   // Whether all queries see slots begin ... end; else `shown` says who does.
@@ -194,23 +194,25 @@ class AttentionByTiles {
     floats* const scores = room.scores + begin % BLOCK;
     const uint16_t* const shown = room.shown + begin % BLOCK;
     const int64_t n = end - begin;
-    for (int64_t s = 0; a.cap && s < n; s++) scores[s] = soft_cap(scores[s] * float(a.scale), a.cap);
-    const __m512 factor = _mm512_set1_ps((a.cap ? 1 : a.scale) * 1.44269504), never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const bool made = a.cap || a.scale < 0;     // what they are before they are softened; else a difference is scaled, not each
+    for (int64_t s = 0; made && s < n; s++) scores[s] = a.cap ? soft_cap(scores[s] * float(a.scale), a.cap) : scores[s] * float(a.scale);
+    const float factor = made ? 1 : a.scale;
+    const __m512 in_twos = _mm512_set1_ps(factor * 1.44269504f), never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     const auto seen = [&](int64_t s, __m512 x) { return all ? x : _mm512_mask_mov_ps(never, shown[s], x); };
     __m512 largest[4];                          // which do not wait for each other
     std::fill_n(largest, 4, (__m512)c.most);
     for (int64_t s = 0; s < n; s += 4)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) largest[i] = _mm512_max_ps(seen(s + i, _mm512_mul_ps((__m512)scores[s + i], factor)), largest[i]);
+      for (int i = 0; i < 4; i++) largest[i] = _mm512_max_ps(seen(s + i, (__m512)scores[s + i]), largest[i]);
     const __m512 most = _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
     if (_mm512_cmp_ps_mask(most, (__m512)c.most, _CMP_NEQ_UQ)) {
-      const floats shrink = exponential((c.most - (floats)most) * 0.693147181f);    // exactly 1 where nothing has changed
+      const floats shrink = exponential((c.most - (floats)most) * factor);          // exactly 1 where nothing has changed
       c.most = (floats)most, c.total *= shrink;
       for (int64_t e = 0; e < PE; e++) write(y + e * TILE, read<floats>(y + e * TILE) * shrink);
     }
     floats total = {};
     for (int64_t s = 0; s < n; s += 2) {
-      const auto p = [&](int64_t s) { return power_of_two((floats)seen(s, _mm512_fmsub_ps((__m512)scores[s], factor, most))); };
+      const auto p = [&](int64_t s) { return power_of_two((floats)seen(s, _mm512_mul_ps((__m512)(scores[s] - (floats)most), in_twos))); };
       const floats one = p(s), other = p(s + 1);
       total += one + other;
       write(room.p + s * TILE, join(one, other));

@@ -69,6 +69,18 @@ def test_slots_nobody_sees_do_not_matter(dtype):
         assert torch.equal(cpu.attend(q, k, v, mask, 0.1), wanted) and wanted.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e8, -1e8])
+@pytest.mark.parametrize("T", [1, 20])
+def test_scores_of_any_size(scale, T):
+    """Who sees one slot gets its value, however large its score; so does who prefers one by far."""
+    needs_compiler()
+    q, k, v, _ = operands(1, 4, 2, T, 40, 32, 0, torch.bfloat16)
+    alone = (torch.arange(40) == 7).expand(1, 1, T, 40).contiguous()
+    assert torch.equal(cpu.attend(q, k, v, alone, scale), v[:, :, 7:8].repeat_interleave(2, 1).expand_as(q))
+    everyone, wanted = torch.ones_like(alone), attend(q.float(), k.float(), v.float(), torch.ones_like(alone), scale)
+    torch.testing.assert_close(cpu.attend(q, k, v, everyone, scale).float(), wanted, rtol=0, atol=2e-2)
+
+
 # B, H, K, T, S, E, window, cap
 PROMPTS = [(1, 4, 2, 20, 40, 32, 0, 0.0), (2, 6, 2, 61, 300, 64, 0, 0.0), (1, 4, 4, 300, 600, 96, 0, 0.0), (1, 8, 1, 130, 257, 128, 0, 30.0),
            (1, 2, 2, 270, 700, 256, 100, 0.0), (3, 3, 1, 20, 21, 64, 7, 0.0),
