@@ -102,7 +102,7 @@ class AttentionByTiles {
   // Of 32 numbers from e on, those that there are.
   __mmask32 here(int64_t e) const { return E - e < 32 ? 0xffff : ~0u; }
 
-  void begin(Columns& c, int64_t b, int64_t kv, int64_t from, int64_t to) {
+  void start(Columns& c, int64_t b, int64_t kv, int64_t from, int64_t to) {
     c = {from, std::min(TILE, to - from), a.S, 0, floats{} - 1e30f, floats{}};
     for (int64_t i = 0; i < c.count; i++) {
       const int64_t t = (from + i) / G, head = kv * G + (from + i) % G;
@@ -254,7 +254,7 @@ class AttentionByTiles {
     asm volatile("" : : : "memory");
   }
 
-  void end(const Columns& c, int64_t b, int64_t kv, float* y) {
+  void finish(const Columns& c, int64_t b, int64_t kv, float* y) {
     const floats share = 1 / c.total;
     for (int64_t e = 0; e < E; e += TILE, y += TILE * TILE) {
       turn(y, 64, room.scores, 4 * 64);
@@ -273,7 +273,7 @@ class AttentionByTiles {
     room.columns.resize(n), room.q.resize(n * PE * TILE), room.v.resize(BLOCK * PE), room.y.assign(n * PE * TILE, 0);
     int64_t first = a.S, last = 0;
     for (Columns& c : room.columns) {
-      begin(c, b, kv, from + (&c - room.columns.data()) * TILE, to);
+      start(c, b, kv, from + (&c - room.columns.data()) * TILE, to);
       first = std::min(first, c.first), last = std::max(last, c.last);
     }
     for (int64_t at = first / BLOCK * BLOCK; at < last; at += BLOCK) {
@@ -289,7 +289,7 @@ class AttentionByTiles {
         fresh = false;
       }
     }
-    for (const Columns& c : room.columns) end(c, b, kv, room.y.data() + (&c - room.columns.data()) * PE * TILE);
+    for (const Columns& c : room.columns) finish(c, b, kv, room.y.data() + (&c - room.columns.data()) * PE * TILE);
   }
 
  public:

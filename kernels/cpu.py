@@ -95,7 +95,8 @@ def share_memory(path: str, rank: int, size: int) -> bool:
 
 
 def build(name: str, *defines: str) -> Path:
-    """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError."""
+    """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError. (torch.utils.cpp_extension
+    would do it with ninja, which pip does not bring along.)"""
     root, source = Path(torch.__path__[0]), Path(__file__).with_name(name)
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
