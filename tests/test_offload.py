@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import experts  # noqa: E402
 import offload  # noqa: E402
 import quantize  # noqa: E402
 import quantize_cli  # noqa: E402
-from checkpoint import load_checkpoint, weight_bytes  # noqa: E402
+from checkpoint import CheckpointError, load_checkpoint, weight_bytes  # noqa: E402
 from eval import perplexity  # noqa: E402
 from generate import generate, load_model  # noqa: E402
 from kernels import cpu  # noqa: E402
@@ -160,6 +161,16 @@ def test_statistics_and_a_mapped_file(folder, tmp_path):
     other = run(folder, "--offload_experts", "--expert_file", file)
     assert other.returncode == 1 and "holds experts of another model or format" in other.stderr
     assert other.stderr.count("\n") == 1
+
+
+def test_a_file_holds_experts_of_one_form(monkeypatch, tmp_path):
+    """Layers quantized unlike each other: refused before anything is written."""
+    layers = [SimpleNamespace(run=SimpleNamespace(records=SimpleNamespace(parts=[("w1", kind, (4, 8), 0)])))
+              for kind in (torch.int8, torch.uint8)]
+    monkeypatch.setattr(experts, "layers", lambda model: layers)
+    with pytest.raises(CheckpointError, match="experts of one form"):
+        offload.write_experts(None, SIZES, tmp_path / "experts")
+    assert not list(tmp_path.iterdir())
 
 
 def test_mapped_experts_are_not_read(folder, tmp_path):
