@@ -1,5 +1,5 @@
 // What step.cpp has linear.cpp and attention.cpp do within a step. They are libraries of their own, so that they build at
-// the same time; it gets the addresses of these functions.
+// the same time; it gets the addresses of these functions. And `seen`, which both ways of attention ask of a mask.
 #pragma once
 #include <c10/util/BFloat16.h>
 

@@ -39,6 +39,13 @@ constexpr int64_t NEAR = 1024;                  // and where weights are unpacke
 
 struct Pair { floats even, odd; };
 
+#ifdef BFLOAT16_DOT
+// Pair j of a unit of 4 bits by a table of 16 numbers, which is there twice: an index has 5 bits.
+inline __m512bh look_up_pairs(const uint8_t* p, int j, const uint16_t (&table)[32]) {
+  return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j), _mm512_load_si512(table));
+}
+#endif
+
 struct Bfloat16 {
   static constexpr int HALF = 256;              // bytes of a unit of 16 outputs
   static inline Pair pair(const uint8_t* p, int j) {
@@ -89,13 +96,12 @@ struct Int4 {
     return {value(w >> (4 * j)), value(w >> (16 + 4 * j))};
   }
 #ifdef BFLOAT16_DOT
-  static inline __m512bh packed(const uint8_t* p, int j) {      // a table of -8 ... 7, twice: the index has 5 bits
+  static inline __m512bh packed(const uint8_t* p, int j) {      // -8 ... 7
     alignas(64) static constexpr uint16_t TABLE[32] = {
         0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
         0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040,
         0x4080, 0x40A0, 0x40C0, 0x40E0};
-    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
-    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+    return look_up_pairs(p, j, TABLE);
   }
 #endif
   static constexpr float MORE[4] = {0x1p15f + 8, 0x1p11f + 8, 0x1p15f + 8, 0x1p11f + 8};
@@ -139,8 +145,7 @@ struct Fp4 {
         0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040, 0xC080, 0xC0C0,
         0xC100, 0xC140, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, 0x0000, 0xBF80, 0xC000, 0xC040,
         0xC080, 0xC0C0, 0xC100, 0xC140};
-    __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * j);
-    return (__m512bh)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(TABLE));
+    return look_up_pairs(p, j, TABLE);
   }
 #endif
 #ifdef BYTE_DOT
