@@ -34,8 +34,6 @@ PLAIN = (("linear.cpp", "-DBFLOAT16_ONLY", "-DLIBRARY=cpu_bfloat16"), ("attentio
 QUANTIZED = (("linear.cpp",),)          # the same and more; it takes twice as long to build
 LOADED = {}                             # of these: whether it can be called
 ABLE = {}                               # what they do on this processor: "prompts", attention of many queries
-HEADERS = ("vectors.h", "calls.h", "team.h", "tiles.h", "weights.h", "panel.h", "panel_tiles.h", "rounding.h", "products.h", "many_rows.h",
-           "attention_tiles.h", "draw.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w"]
 EXCHANGED = 1 << 20                     # bytes that ranks may exchange at once, as in exchange.cpp
 FP4 = 40                                # `bits` of 4-bit floats, which lie as int4 does
@@ -95,20 +93,23 @@ def share_memory(path: str, rank: int, size: int) -> bool:
 
 
 def build(name: str, *defines: str) -> Path:
-    """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError. (torch.utils.cpp_extension
-    would do it with ninja, which pip does not bring along.)"""
-    root, source = Path(torch.__path__[0]), Path(__file__).with_name(name)
-    include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-    link = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    told = [source.read_text(), *(source.with_name(header).read_text() for header in HEADERS), torch.__version__, *FLAGS, *defines, instruction_set()]
+    """Compile a file for this machine, unless the cache has it; raises OSError or SubprocessError. Compiler and paths are those of
+    torch.utils.cpp_extension, whose `load` would want ninja as well, on the PATH."""
+    source = Path(__file__).with_name(name)
+    told = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    told += [torch.__version__, *FLAGS, *defines, instruction_set()]
     file = f"{source.stem}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
     library = cache_folder() / file
     if not library.exists():
         if "-DPORTABLE" not in defines:                         # the tests' own
             print(f"building the CPU kernel {source.name}, once for this machine ...", file=sys.stderr, flush=True)
+        from torch.utils import cpp_extension                   # it brings setuptools; a start that builds nothing does without
+        include = [f"-I{path}" for path in cpp_extension.include_paths()]
+        link = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / file
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *defines, *include, str(source), "-o", str(made), *link]
+            command = [cpp_extension.get_cxx_compiler(), *FLAGS, *defines, *include, str(source), "-o", str(made), *link,
+                       "-ltorch", "-ltorch_cpu", "-lc10"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
             os.replace(made, library)   # several processes may build at once; each result is whole
     return library
